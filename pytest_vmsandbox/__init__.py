@@ -1,0 +1,1 @@
+"""Real Linux machines as pytest fixtures."""
