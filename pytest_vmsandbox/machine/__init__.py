@@ -1,1 +1,1 @@
-"""TODO room."""
+"""The machine that a test holds: guest and VMM, introduced to each other."""

@@ -1,1 +1,1 @@
-"""TODO room."""
+"""Drivers: how a virtual machine monitor is started, spoken to and ended."""

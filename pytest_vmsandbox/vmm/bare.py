@@ -1,0 +1,134 @@
+"""The bare launcher: no walls, but the VMM dies with us."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import subprocess
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from pytest_vmsandbox.deadline import Deadline
+from pytest_vmsandbox.errors import HostUnfit
+from pytest_vmsandbox.vmm.launch import LaunchRequest
+
+# How long a VMM that is told to end by SIGTERM may take before it is ended by SIGKILL.
+TERMINATION_GRACE_S = 3.0
+
+
+class BareProcess:
+    """A VMM that is our own child (see `VmmProcess`)."""
+
+    def __init__(self, child: subprocess.Popen[bytes]) -> None:
+        self._child = child
+        self.pid = child.pid
+        self.uid = os.getuid()
+        self.pidfd = _open_pidfd(child.pid)
+        self.start_ticks = _start_ticks(child.pid)
+
+    async def wait(self) -> int:
+        """Its exit status once it has ended; negative for a signal."""
+        if self.pidfd is None:
+            return await asyncio.to_thread(self._child.wait)
+        # A pidfd turns readable when its process ends (pidfd_open(2)); each waiter gets a
+        # descriptor of its own, since a loop holds one reader for a descriptor.
+        watched = os.dup(self.pidfd)
+        ended = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        loop.add_reader(watched, ended.set)
+        try:
+            await ended.wait()
+        finally:
+            loop.remove_reader(watched)
+            os.close(watched)
+        return self._child.wait()
+
+    def kill(self) -> None:
+        """End it at once (SIGKILL); harmless when it has ended already."""
+        # Popen looks whether the child was reaped before it signals, so that a reused pid
+        # is never hit.
+        self._child.kill()
+
+    async def end(self, *, deadline: Deadline) -> int:
+        """Ask it to end (SIGTERM), insist at the deadline (SIGKILL), reap it."""
+        self._child.terminate()
+        try:
+            async with asyncio.timeout(deadline.timeout_s):
+                return await self.wait()
+        except TimeoutError:
+            self.kill()
+            return await self.wait()
+
+    def close(self) -> None:
+        """Give the pidfd back; the process must have been reaped."""
+        if self.pidfd is not None:
+            os.close(self.pidfd)
+            self.pidfd = None
+
+
+class BareLauncher:
+    """Starts VMMs as children of this process, with this process's rights (tier `bare`)."""
+
+    @asynccontextmanager
+    async def launch(self, request: LaunchRequest) -> AsyncIterator[BareProcess]:
+        """Start it in a session of its own; leaving the context ends and reaps it.
+
+        Raises HostUnfit when its program can't be started.
+        """
+        process = BareProcess(_spawn([*_dying_with_us(), *request.argv], log=request.log))
+        try:
+            yield process
+        finally:
+            # The end of a VMM must not be skipped because our own task was cancelled.
+            await asyncio.shield(_end(process))
+
+
+async def _end(process: BareProcess) -> None:
+    await process.end(deadline=Deadline.after(seconds=TERMINATION_GRACE_S))
+    process.close()
+
+
+def _spawn(argv: Sequence[str], *, log: Path) -> subprocess.Popen[bytes]:
+    with log.open("ab") as output:
+        try:
+            return subprocess.Popen(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise HostUnfit(
+                "VMS-QEMU-MISSING",
+                "a VMM that starts",
+                f"{argv[0]}: {error.strerror}",
+                "install QEMU: vmsandbox setup",
+            ) from error
+
+
+def _dying_with_us() -> Sequence[str]:
+    """What to put before a command so that the kernel ends it when the engine thread ends.
+
+    PR_SET_PDEATHSIG must be set in the child, between fork and exec, where Python may not run
+    in a process with threads; setpriv(1) sets it and turns into the command (same pid).
+    """
+    setpriv = shutil.which("setpriv")
+    return [setpriv, "--pdeathsig", "KILL", "--"] if setpriv else []
+
+
+def _open_pidfd(pid: int) -> int | None:
+    if not hasattr(os, "pidfd_open"):
+        return None
+    return os.pidfd_open(pid)
+
+
+def _start_ticks(pid: int) -> int | None:
+    """Field 22 of proc_pid_stat(5), counted from behind the command's closing parenthesis."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:
+        return None
+    return int(stat.rpartition(b")")[2].split()[19])

@@ -1,0 +1,124 @@
+"""QEMU: the machine's configuration, rendered to a command line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+
+from pytest_vmsandbox.errors import RequestInvalid
+
+# QEMU's default translation cache is up to 1 GiB for each machine; a kernel and a shell fit
+# in this, and a machine that outgrows it only translates again.
+TCG_CACHE_MIB = 128
+
+# The kernel's own clock calibration against an emulated PIT may fail under load and then
+# hangs the boot for good: `microvm` under TCG is told the frequency instead.
+SOCKETS = ("qmp", "console", "agent")
+
+AGENT_PORT = "vmsandbox.agent"
+MODULES_SERIAL = "vmsandbox-mods"
+
+
+class MachineType(StrEnum):
+    """QEMU's machine types that we use (qemu-system-x86_64 -machine help)."""
+
+    Q35 = "q35"
+    MICROVM = "microvm"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QemuConfig:
+    """All that decides how QEMU is started; paths are as QEMU will see them."""
+
+    program: str
+    name: str
+    directory: Path
+    kernel: Path
+    initramfs: Path
+    command_line: Sequence[str]
+    machine_type: MachineType
+    accel: str
+    memory_mib: int
+    cpus: int
+    read_only_disks: Mapping[str, Path] = field(default_factory=dict)
+    firmware: str | None = None
+
+    def socket(self, purpose: str) -> Path:
+        """Where QEMU makes the socket for `purpose`, one of `SOCKETS`."""
+        return self.directory / f"{purpose}.sock"
+
+
+def render_command(config: QemuConfig) -> list[str]:
+    """The argv that starts QEMU, paused before the guest's first instruction."""
+    return [
+        config.program,
+        *_render_base(config),
+        *_render_control(config),
+        *_render_boot(config),
+        *_render_devices(config),
+    ]
+
+
+def _render_base(config: QemuConfig) -> Iterator[str]:
+    yield from ("-name", f"{_escape(config.name)},debug-threads=on")
+    yield from ("-nodefaults", "-no-user-config", "-display", "none", "-S")
+    yield from ("-machine", _machine(config))
+    yield from ("-accel", _accel(config))
+    yield from ("-cpu", "host" if config.accel == "kvm" else "max")
+    yield from ("-m", f"{config.memory_mib}M", "-smp", str(config.cpus))
+    yield from (
+        "-sandbox",
+        "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
+    )
+    if config.firmware:
+        yield from ("-bios", config.firmware)
+
+
+def _render_control(config: QemuConfig) -> Iterator[str]:
+    for purpose in SOCKETS:
+        path = _escape(str(config.socket(purpose)))
+        yield from ("-chardev", f"socket,id={purpose},path={path},server=on,wait=off")
+    yield from ("-mon", "chardev=qmp,mode=control")
+    yield from ("-serial", "chardev:console")
+
+
+def _render_boot(config: QemuConfig) -> Iterator[str]:
+    yield from ("-kernel", str(config.kernel), "-initrd", str(config.initramfs))
+    yield from ("-append", " ".join(config.command_line))
+
+
+def _render_devices(config: QemuConfig) -> Iterator[str]:
+    bus = "device" if config.machine_type is MachineType.MICROVM else "pci"
+    yield from ("-device", f"virtio-serial-{bus},max_ports=4")
+    yield from ("-device", f"virtserialport,chardev=agent,name={AGENT_PORT}")
+    yield from ("-device", f"virtio-rng-{bus}")
+    for serial, path in config.read_only_disks.items():
+        yield from (
+            "-drive",
+            f"if=none,id={serial},file={_escape(str(path))},format=raw,readonly=on,file.locking=off",
+        )
+        yield from ("-device", f"virtio-blk-{bus},drive={serial},serial={serial}")
+    if config.machine_type is MachineType.Q35:
+        yield from ("-device", "pvpanic-pci")
+
+
+def _machine(config: QemuConfig) -> str:
+    if config.machine_type is MachineType.Q35:
+        return "q35,usb=off,smbus=off,sata=off,vmport=off,hpet=off,graphics=off"
+    clocks = "" if config.accel == "kvm" else ",pit=on,pic=on"
+    return f"microvm,rtc=on,auto-kernel-cmdline=on{clocks}"
+
+
+def _accel(config: QemuConfig) -> str:
+    if config.accel == "tcg":
+        return f"tcg,thread=multi,tb-size={TCG_CACHE_MIB}"
+    return config.accel
+
+
+def _escape(value: str) -> str:
+    """A value inside a QEMU option string, where a comma ends it unless doubled."""
+    if any(ord(character) < 0x20 for character in value):
+        raise RequestInvalid(f"control characters can't be handed to QEMU: {value!r}")
+    return value.replace(",", ",,")
