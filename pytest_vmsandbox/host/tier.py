@@ -1,0 +1,69 @@
+"""The tier: how the warden is started here, chosen from facts alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pytest_vmsandbox.host.facts import Capability, Fact, Tier
+
+# What a tier stands on, beside a jail that was built in its way. ROOT stands on being uid 0.
+STANDS_ON: Mapping[Tier, tuple[Capability, ...]] = {
+    Tier.ROOT: (),
+    Tier.SUDO: (Capability.SUDO, Capability.QEMU_VM_USER),
+    Tier.QEMU_VM: (Capability.SUDO_QEMU_VM, Capability.QEMU_VM_USER),
+    Tier.USERNS: (Capability.USER_NAMESPACES,),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TierChoice:
+    """The tier, and one line that says why it and not a better one."""
+
+    tier: Tier
+    reason: str
+
+
+def candidate_tiers(facts: Mapping[Capability, Fact], *, uid: int) -> tuple[Tier, ...]:
+    """The tiers whose way of starting the warden is open to `uid`, best first; BARE apart."""
+    return tuple(
+        tier
+        for tier, needed in STANDS_ON.items()
+        if (uid == 0 or tier is not Tier.ROOT)
+        and all(fact.present for fact in _facts_named(facts, needed))
+    )
+
+
+def choose_tier(facts: Mapping[Capability, Fact], *, uid: int) -> TierChoice:
+    """The best tier that is open to `uid` and in whose way a jail was really built."""
+    jail = facts[Capability.JAIL]
+    open_to_us = candidate_tiers(facts, uid=uid)
+    if jail.present and jail.tier in open_to_us:
+        return TierChoice(tier=jail.tier, reason=_reason(facts, jail.tier, uid=uid))
+    if not open_to_us:
+        blocked = facts[Capability.USER_NAMESPACES]
+        return TierChoice(tier=Tier.BARE, reason=f"no way to build walls: {blocked.evidence}")
+    return TierChoice(tier=Tier.BARE, reason=f"no jail could be built: {jail.evidence}")
+
+
+def missing_for(tier: Tier, facts: Mapping[Capability, Fact]) -> tuple[Fact, ...]:
+    """The facts that keep this host out of `tier`; empty for a tier that only root is in."""
+    return tuple(fact for fact in _facts_named(facts, STANDS_ON.get(tier, ())) if not fact.present)
+
+
+def _facts_named(
+    facts: Mapping[Capability, Fact], capabilities: tuple[Capability, ...]
+) -> tuple[Fact, ...]:
+    return tuple(facts[capability] for capability in capabilities)
+
+
+def _reason(facts: Mapping[Capability, Fact], tier: Tier, *, uid: int) -> str:
+    shown = ", ".join(fact.evidence for fact in _facts_named(facts, STANDS_ON[tier]))
+    better = [other for other in STANDS_ON if other is not Tier.ROOT or uid == 0]
+    lost = [
+        f"{other}: {fact.code}"
+        for other in better[: better.index(tier)]
+        for fact in missing_for(other, facts)[:1]
+    ]
+    because = "we are uid 0" if tier is Tier.ROOT else shown
+    return f"{because} (not {'; not '.join(lost)})" if lost else because
