@@ -1,0 +1,135 @@
+"""The process at the other end of a UNIX socket: whether it is the one that we started."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+# getsockopt(2), since Linux 6.5; the number is that of x86, arm, riscv, s390 and powerpc.
+SO_PEERPIDFD = 77
+
+# macOS, <sys/un.h>: the pid of the peer, at level SOL_LOCAL.
+_SOL_LOCAL = 0
+_LOCAL_PEERPID = 2
+
+_INT = struct.Struct("i")
+
+
+class Identity(Protocol):
+    """One process for good: a pid alone is reused (proc_pid_stat(5), field 22)."""
+
+    @property
+    def pid(self) -> int:
+        """Its number, in our pid namespace."""
+
+    @property
+    def start_ticks(self) -> int | None:
+        """When it started, in clock ticks after boot; None where the platform does not say."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessIdentity:
+    """An `Identity` as a value."""
+
+    pid: int
+    start_ticks: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """What shows that two processes are not one."""
+
+    what: str
+    expected: object
+    actual: object
+
+    def __str__(self) -> str:
+        return f"expected {self.what} {self.expected}, got {self.actual}"
+
+
+def identify_process(pid: int) -> ProcessIdentity:
+    """The identity of a process that can't go meanwhile: a child, or one held by a pidfd.
+
+    Raises OSError where there is no such process, or no /proc.
+    """
+    return ProcessIdentity(pid=pid, start_ticks=start_ticks_of(pid))
+
+
+def start_ticks_of(pid: int) -> int:
+    """When process `pid` started, in clock ticks after boot; raises OSError when it is gone."""
+    line = Path(f"/proc/{pid}/stat").read_bytes()
+    # The second field is the command in parentheses, and may hold blanks and parentheses.
+    return int(line.rpartition(b")")[2].split()[19])
+
+
+def find_difference_linux(
+    sock: socket.socket, *, peer_pid: int | None, identity: Identity, pidfd: int | None
+) -> Difference | None:
+    """What tells the peer of `sock` from `identity`; None when they are one and the same.
+
+    `pidfd` is ours of that process, where we have one. Raises OSError when the kernel does not
+    tell, or the process is gone.
+    """
+    if peer_pid != identity.pid:
+        return Difference("pid", identity.pid, peer_pid)
+    with _peer_pidfd(sock) as peer:
+        if peer is not None and pidfd is not None:
+            if not is_same_process(peer, pidfd):
+                return Difference("process", identity.pid, "another one, by its pidfd")
+            return None
+        # Where the kernel gives a handle of the peer, its pid can't be reused in between.
+        if peer is not None and pid_of(peer) != identity.pid:
+            return Difference("process", identity.pid, "one that has ended")
+        started = start_ticks_of(identity.pid)
+    if started != identity.start_ticks:
+        return Difference("start time", identity.start_ticks, started)
+    return None
+
+
+def find_difference_macos(sock: socket.socket, *, identity: Identity) -> Difference | None:
+    """The same by the pid alone, which is all that macOS tells."""
+    (pid,) = _INT.unpack(sock.getsockopt(_SOL_LOCAL, _LOCAL_PEERPID, _INT.size))
+    return None if pid == identity.pid else Difference("pid", identity.pid, pid)
+
+
+@contextmanager
+def _peer_pidfd(sock: socket.socket) -> Iterator[int | None]:
+    """A pidfd of the peer, closed afterwards; None where the kernel is older than 6.5."""
+    try:
+        answer = sock.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD, _INT.size)
+    except OSError as error:
+        if error.errno != errno.ENOPROTOOPT:
+            raise
+        yield None
+        return
+    (pidfd,) = _INT.unpack(answer)
+    try:
+        yield pidfd
+    finally:
+        os.close(pidfd)
+
+
+def is_same_process(pidfd: int, other: int) -> bool:
+    """Whether two pidfds are of one process, which has not been reaped."""
+    # Since Linux 6.9 a process has an inode of its own in pidfs; before, all pidfds share one.
+    same_inode = os.fstat(pidfd).st_ino == os.fstat(other).st_ino
+    return same_inode and pid_of(pidfd) == pid_of(other) > 0
+
+
+def pid_of(pidfd: int) -> int:
+    """The pid that a pidfd refers to: -1 once reaped, 0 if in a pid namespace that we can't see.
+
+    Raises ValueError for a descriptor that is no pidfd. Source: proc_pid_fdinfo(5).
+    """
+    for line in Path(f"/proc/self/fdinfo/{pidfd}").read_text().splitlines():
+        key, _, value = line.partition(":")
+        if key == "Pid":
+            return int(value)
+    raise ValueError(f"descriptor {pidfd} is not a pidfd")
