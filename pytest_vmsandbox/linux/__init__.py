@@ -1,1 +1,91 @@
-"""TODO room."""
+"""The kernel's words: system calls, flags, namespaces, mounts and processes, typed."""
+
+from pytest_vmsandbox.linux.at import AT_FDCWD, AtFlags, AtLocation
+from pytest_vmsandbox.linux.capabilities import Capabilities, CapabilitySets
+from pytest_vmsandbox.linux.clone import CloneFlags
+from pytest_vmsandbox.linux.eventfd import EventFD, EventFDFlags
+from pytest_vmsandbox.linux.libc import call_libc
+from pytest_vmsandbox.linux.mount_flags import MountFlags
+from pytest_vmsandbox.linux.mount_tree import (
+    MountAttrFlags,
+    MountSetattrFlags,
+    MoveMountFlags,
+    OpenTreeFlags,
+    mount_setattr,
+    move_mount,
+    open_tree,
+)
+from pytest_vmsandbox.linux.mountinfo import (
+    MountInfo,
+    mounts_at_or_below,
+    parse_mountinfo,
+    read_mountinfo,
+)
+from pytest_vmsandbox.linux.mounts import UmountFlags, mount, pivot_root, umount
+from pytest_vmsandbox.linux.namespaces import setns, unshare
+from pytest_vmsandbox.linux.owned_fd import OwnedFd
+from pytest_vmsandbox.linux.pidfd import (
+    ExitStatus,
+    PidFDFlags,
+    pidfd_is_alive,
+    pidfd_open,
+    pidfd_reap,
+    pidfd_send_signal,
+    pidfd_wait_exit,
+)
+from pytest_vmsandbox.linux.prctl import (
+    PrctlOption,
+    prctl,
+    prctl_raise_ambient_capabilities,
+    prctl_set_child_subreaper,
+    prctl_set_no_new_privs,
+    prctl_set_pdeathsig,
+)
+from pytest_vmsandbox.linux.process_identity import ProcessIdentity, ProcessStat, read_boot_id
+
+__all__ = [
+    "AT_FDCWD",
+    "AtFlags",
+    "AtLocation",
+    "Capabilities",
+    "CapabilitySets",
+    "CloneFlags",
+    "EventFD",
+    "EventFDFlags",
+    "ExitStatus",
+    "MountAttrFlags",
+    "MountFlags",
+    "MountInfo",
+    "MountSetattrFlags",
+    "MoveMountFlags",
+    "OpenTreeFlags",
+    "OwnedFd",
+    "PidFDFlags",
+    "PrctlOption",
+    "ProcessIdentity",
+    "ProcessStat",
+    "UmountFlags",
+    "call_libc",
+    "mount",
+    "mount_setattr",
+    "mounts_at_or_below",
+    "move_mount",
+    "open_tree",
+    "parse_mountinfo",
+    "pidfd_is_alive",
+    "pidfd_open",
+    "pidfd_reap",
+    "pidfd_send_signal",
+    "pidfd_wait_exit",
+    "pivot_root",
+    "prctl",
+    "prctl_raise_ambient_capabilities",
+    "prctl_set_child_subreaper",
+    "prctl_set_no_new_privs",
+    "prctl_set_pdeathsig",
+    "read_boot_id",
+    "read_mountinfo",
+    "setns",
+    "umount",
+    "unshare",
+]

@@ -1,0 +1,55 @@
+"""The flags of clone(2), clone3(2), unshare(2) and setns(2)."""
+
+from __future__ import annotations
+
+from enum import IntFlag
+
+
+class CloneFlags(IntFlag):
+    """CLONE_* of <linux/sched.h>; each also without its prefix."""
+
+    CLONE_VM = VM = 0x100
+    CLONE_FS = FS = 0x200
+    CLONE_FILES = FILES = 0x400
+    CLONE_SIGHAND = SIGHAND = 0x800
+    CLONE_PIDFD = PIDFD = 0x1000
+    CLONE_PTRACE = PTRACE = 0x2000
+    CLONE_VFORK = VFORK = 0x4000
+    CLONE_PARENT = PARENT = 0x8000
+    CLONE_THREAD = THREAD = 0x10000
+    CLONE_NEWNS = NEWNS = 0x20000
+    CLONE_SYSVSEM = SYSVSEM = 0x40000
+    CLONE_SETTLS = SETTLS = 0x80000
+    CLONE_PARENT_SETTID = PARENT_SETTID = 0x100000
+    CLONE_CHILD_CLEARTID = CHILD_CLEARTID = 0x200000
+    CLONE_DETACHED = DETACHED = 0x400000
+    CLONE_UNTRACED = UNTRACED = 0x800000
+    CLONE_CHILD_SETTID = CHILD_SETTID = 0x1000000
+    CLONE_NEWCGROUP = NEWCGROUP = 0x2000000
+    CLONE_NEWUTS = NEWUTS = 0x4000000
+    CLONE_NEWIPC = NEWIPC = 0x8000000
+    CLONE_NEWUSER = NEWUSER = 0x10000000
+    CLONE_NEWPID = NEWPID = 0x20000000
+    CLONE_NEWNET = NEWNET = 0x40000000
+    CLONE_IO = IO = 0x80000000
+    CLONE_NEWTIME = NEWTIME = 0x80
+    CLONE_CLEAR_SIGHAND = CLEAR_SIGHAND = 1 << 32
+    CLONE_INTO_CGROUP = INTO_CGROUP = 1 << 33
+    CLONE_AUTOREAP = AUTOREAP = 1 << 34
+    CLONE_NNP = NNP = 1 << 35
+    CLONE_PIDFD_AUTOKILL = PIDFD_AUTOKILL = 1 << 36
+    CLONE_EMPTY_MNTNS = EMPTY_MNTNS = 1 << 37
+    NS_FLAGS = (
+        CLONE_NEWCGROUP
+        | CLONE_NEWIPC
+        | CLONE_NEWNET
+        | CLONE_NEWNS
+        | CLONE_NEWPID
+        | CLONE_NEWTIME
+        | CLONE_NEWUSER
+        | CLONE_NEWUTS
+    )
+    """The namespaces: what `unshare` and `setns` of this package take."""
+
+    UNSHARE_FLAGS = NS_FLAGS | CLONE_FILES | CLONE_FS | CLONE_SYSVSEM
+    """What unshare(2) of the manual page takes of its own."""
