@@ -151,10 +151,10 @@ async def _wait_verdict(
                 Verdict.OK,
                 evidence=f"a kernel started its first process after {took_s:.1f} s under KVM",
             )
-        if any(words in complained for words in _KVM_GAVE_UP):
-            return _kernel_failed(f"a kernel died: {_first_line(complained)}", said)
+        if gave_up(complained):
+            return _kernel_failed(f"a kernel died: {first_complaint(complained)}", said)
         if boot.done():
-            return _kernel_failed(f"QEMU ended: {_first_line(complained)}", said)
+            return _kernel_failed(f"QEMU ended: {first_complaint(complained)}", said)
         if over:
             return _kernel_failed(f"a kernel crawls: no init after {deadline_s:.1f} s", said)
         await asyncio.sleep(_LOOK_EVERY_S)
@@ -181,8 +181,13 @@ def _lines(text: bytes) -> list[str]:
     return [line for line in text.decode(errors="backslashreplace").splitlines() if line.strip()]
 
 
-def _first_line(text: bytes) -> str:
-    # QEMU warns of each CPU feature that the host lacks; that is not what it died of.
+def gave_up(complaints: bytes) -> bool:
+    """Whether KVM itself gave up running the guest, as QEMU's stderr tells."""
+    return any(words in complaints for words in _KVM_GAVE_UP)
+
+
+def first_complaint(text: bytes) -> str:
+    """What QEMU died of, in its own words; it warns of missing CPU features too, which is not it."""
     told = [line for line in _lines(text) if "warning:" not in line]
     return told[0].strip() if told else "without a word"
 

@@ -35,6 +35,10 @@ class Trial:
         found = shutil.which(program, path=self.search_path)
         return None if found is None else Path(found).absolute()
 
+    def begin(self) -> Deadline:
+        """The deadline of a probe that begins now; its steps share it."""
+        return Deadline.after(seconds=self.deadline_s)
+
     async def run(
         self,
         argv: Sequence[str | os.PathLike[str]],
@@ -44,9 +48,9 @@ class Trial:
     ) -> Outcome:
         """Run it in a session of its own, with an environment in which nothing can prompt.
 
-        It has the trial's whole deadline, or what is left of the one given.
+        `deadline` is the probe's own; without one this step is all of the probe.
         """
-        seconds = self.deadline_s if deadline is None else deadline.left_s
+        seconds = (deadline or self.begin()).left_s
         with _as_file(stdin) as file:
             return await run_program(
                 argv, deadline_s=seconds, env=_plain_environment(self.search_path), stdin=file

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pytest_vmsandbox.host.acceleration import KVM_REMEDY, SmallGuestRun, run_small_guest
+from pytest_vmsandbox.host.acceleration import (
+    KVM_REMEDY,
+    SmallGuestRun,
+    first_complaint,
+    gave_up,
+    run_small_guest,
+)
 from pytest_vmsandbox.host.facts import Capability, Fact, Verdict, fact_of
 from pytest_vmsandbox.host.small_guest import CHUNKS
 from pytest_vmsandbox.host.trial import Trial, unsupported
@@ -42,6 +48,13 @@ def judge_kvm(run: SmallGuestRun) -> Fact:
             "no kernel tried yet",
         )
     outcome = run.outcome
+    if gave_up(outcome.stderr):
+        return fact_of(
+            Capability.KVM,
+            Verdict.UNUSABLE,
+            evidence=f"the small guest died: {first_complaint(outcome.stderr)}",
+            remedy=KVM_REMEDY,
+        )
     if outcome.timed_out and outcome.stdout:
         # A chunk takes microseconds under a real KVM. Where the host is itself a guest, or KVM
         # emulates in software, it takes half a second, and a kernel would take minutes.
@@ -59,6 +72,12 @@ def judge_kvm(run: SmallGuestRun) -> Fact:
     return fact_of(
         Capability.KVM,
         Verdict.TIMEOUT if outcome.timed_out else Verdict.UNUSABLE,
-        evidence=f"the small guest did not end as it must: {outcome}",
+        evidence=f"the small guest did not end as it must: {_ending(run)}",
         remedy=KVM_REMEDY,
     )
+
+
+def _ending(run: SmallGuestRun) -> str:
+    outcome = run.outcome
+    ending = outcome.error or ("no end" if outcome.timed_out else f"exit {outcome.returncode}")
+    return f"{ending}, {first_complaint(outcome.stderr)}"

@@ -1,0 +1,113 @@
+"""What is remembered of this host: facts, for this boot of it, this user, QEMU and version of us.
+
+A file in the cache directory, written whole and renamed into place. Whatever can't be read is as
+good as not there: the host is then probed again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pytest_vmsandbox.host.facts import Fact, HostFacts, Verdict
+
+# Grows with every change of a probe, so that nothing an older one said is believed.
+PROBES_VERSION = 1
+
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Key:
+    """All that the facts depend on; facts under another key are not these facts."""
+
+    boot_id: str
+    uid: int
+    groups: tuple[int, ...]
+    search_path: str
+    run_device: int  # the file system of the run directory; its name changes with each run
+    qemu: tuple[str, int, int]  # path, mtime in ns, size
+    probes_version: int = PROBES_VERSION
+
+    @property
+    def file_name(self) -> str:
+        """The name of the file that holds the facts under this key."""
+        text = json.dumps(asdict(self), sort_keys=True)
+        return f"host-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+
+
+def key_of(*, qemu: Path | None, search_path: str, run_dir: Path) -> Key:
+    """The key of this host for this process, at this moment."""
+    return Key(
+        boot_id=read_boot_id(),
+        uid=os.getuid(),
+        groups=tuple(sorted(os.getgroups())),
+        search_path=search_path,
+        run_device=run_dir.stat().st_dev,
+        qemu=_identity(qemu),
+    )
+
+
+def read_boot_id() -> str:
+    """The id of this boot of the host (random(4)); without one nothing outlives this process."""
+    try:
+        return _BOOT_ID.read_text(encoding="ascii").strip()
+    except OSError:
+        return f"no boot id: process {os.getpid()}"
+
+
+def recall(cache_dir: Path, key: Key) -> HostFacts | None:
+    """The facts under this key, or None."""
+    try:
+        return HostFacts.from_json(json.loads((cache_dir / key.file_name).read_bytes()))
+    except (OSError, ValueError):
+        return None
+
+
+def remember(cache_dir: Path, key: Key, facts: HostFacts) -> None:
+    """Keep the facts, unless one ran out of time: then the next process shall try again.
+
+    A cache directory that can't be written is no error: the facts are then not remembered.
+    """
+    if not facts.settled:
+        return
+    with suppress(OSError):
+        cache_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _publish(cache_dir / key.file_name, json.dumps(facts.to_json(), indent=1))
+
+
+def forget(cache_dir: Path) -> None:
+    """Remember nothing of this host any more, for any user of this cache."""
+    for file in cache_dir.glob("host-*.json"):
+        with suppress(OSError):
+            file.unlink()
+
+
+def is_final(kvm: Fact) -> bool:
+    """Whether KVM needs no kernel to be tried on it any more."""
+    return kvm.verdict is not Verdict.UNCONFIRMED
+
+
+def _identity(program: Path | None) -> tuple[str, int, int]:
+    try:
+        seen = None if program is None else program.stat()
+    except OSError:
+        seen = None
+    return ("", 0, 0) if seen is None else (str(program), seen.st_mtime_ns, seen.st_size)
+
+
+def _publish(path: Path, content: str) -> None:
+    # Workers finish at the same time: each renames a whole file of its own into place.
+    descriptor, draft = tempfile.mkstemp(dir=path.parent, prefix=".host-")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(content)
+        Path(draft).rename(path)
+    except OSError:
+        Path(draft).unlink(missing_ok=True)
+        raise
