@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -12,23 +13,25 @@ from pytest_vmsandbox.image.programs import Program
 
 _BLOCK: Final = 4096
 _INODE: Final = 256
-# Any fixed value will do: with it, and fixed times, the same tree gives nearly the same bytes.
+_ROOT_INODE: Final = 2
+_FIRST_FREE_INODE: Final = 11
 _UUID: Final = "6d6f6475-6c65-4d69-8e69-766d73616e64"
+# 0 would mean "now" to e2fsprogs, and a deletion time of 0 means "never deleted".
+_MADE_AT: Final = {"E2FSPROGS_FAKE_TIME": "1"}
 
 
 def make_modules_disk(tree: Path, out: Path, *, deadline: Deadline) -> None:
     """Write `out`, an ext4 file system with the content of `tree`, just large enough.
 
-    It has no journal, since nothing ever writes to it. mke2fs -d reads the tree itself, so
-    neither a mount nor root is needed; mke2fs(8).
+    Everything in it belongs to root and has no age, whoever makes it and when. It has no
+    journal, since nothing ever writes to it. mke2fs -d reads the tree itself, so neither a mount
+    nor root is needed; mke2fs(8). The time stamps in `tree` are set to 0.
     """
-    blocks, inodes = 0, 0
-    for path in sorted(tree.rglob("*")):
-        status = path.lstat()
-        blocks += max(1, math.ceil(status.st_size / _BLOCK))
-        inodes += 1
+    paths = sorted(tree.rglob("*"))
+    blocks = sum(max(1, math.ceil(path.lstat().st_size / _BLOCK)) for path in paths)
+    for path in paths:
         os.utime(path, (0, 0), follow_symlinks=False)
-    inodes += 64
+    inodes = len(paths) + 64
     # Room for the groups' bitmaps and tables, and for extent trees: 2 % and half a MiB.
     blocks += math.ceil(inodes * _INODE / _BLOCK) + blocks // 50 + 128
     Program.find("mke2fs").run(
@@ -39,4 +42,21 @@ def make_modules_disk(tree: Path, out: Path, *, deadline: Deadline) -> None:
             *("-U", _UUID, "-L", "modules", "-d", tree, out, str(blocks)),
         ],
         deadline=deadline,
+        environment=_MADE_AT,
     )
+    commands = out.with_suffix(".debugfs")
+    commands.write_text("\n".join(_normalise(len(paths))), encoding="ascii")
+    Program.find("debugfs").run(
+        ["-w", "-f", commands, out], deadline=deadline, environment=_MADE_AT
+    )
+    commands.unlink()
+
+
+def _normalise(count: int) -> Iterator[str]:
+    # mke2fs -d copies owners and times, and a ctime can't be set on a file: debugfs(8) sets all
+    # of it in the image, in a hundredth of a second.
+    for inode in (_ROOT_INODE, *range(_FIRST_FREE_INODE, _FIRST_FREE_INODE + count + 1)):
+        for name in ("uid", "gid", "atime", "ctime", "mtime", "crtime"):
+            yield f"sif <{inode}> {name} 0"
+        for name in ("atime_extra", "ctime_extra", "mtime_extra", "crtime_extra"):
+            yield f"sif <{inode}> {name} 0"

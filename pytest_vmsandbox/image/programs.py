@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,9 +47,14 @@ class Program:
         return cls(path=found)
 
     def run(
-        self, arguments: Sequence[str | Path], *, deadline: Deadline, cwd: Path | None = None
+        self,
+        arguments: Sequence[str | Path],
+        *,
+        deadline: Deadline,
+        cwd: Path | None = None,
+        environment: Mapping[str, str] | None = None,
     ) -> subprocess.CompletedProcess[str]:
-        """Run it to its end; both streams are caught.
+        """Run it to its end, with `environment` added to ours; both streams are caught.
 
         Raises ProgramFailed, with its last lines, when it fails, and TimedOut when the deadline
         passes; it has then been killed.
@@ -65,7 +70,7 @@ class Program:
                 errors="replace",
                 timeout=deadline.timeout_s,
                 cwd=cwd,
-                env=os.environ | {"LC_ALL": "C.UTF-8"},
+                env={**os.environ, "LC_ALL": "C.UTF-8", **(environment or {})},
             )
         except subprocess.TimeoutExpired as late:
             said = late.stderr or b""
