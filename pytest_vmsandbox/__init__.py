@@ -1,1 +1,89 @@
-"""Real Linux machines as pytest fixtures."""
+"""Real Linux machines as pytest fixtures: isolated, authenticated, gone without a trace.
+
+Names are imported when they are first used (PEP 562): pytest loads this package in every run,
+and most runs need nothing of it.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pytest_vmsandbox.errors import (
+        BootFailed,
+        ChannelLost,
+        CommandFailed,
+        GuestPanicked,
+        HostUnfit,
+        MachineFailed,
+        OutcomeUnknown,
+        RequestInvalid,
+        SocketAuthError,
+        TeardownRefused,
+        TimedOut,
+        VmmDied,
+        VmSandboxError,
+    )
+    from pytest_vmsandbox.host.facts import Capability, HostFacts
+    from pytest_vmsandbox.machine.async_machine import AsyncMachine
+    from pytest_vmsandbox.machine.command import Completed
+    from pytest_vmsandbox.machine.machine import Machine
+    from pytest_vmsandbox.plugin.fixtures import AsyncMachineFactory, MachineFactory
+
+_HOMES = {
+    "errors": (
+        "BootFailed",
+        "ChannelLost",
+        "CommandFailed",
+        "GuestPanicked",
+        "HostUnfit",
+        "MachineFailed",
+        "OutcomeUnknown",
+        "RequestInvalid",
+        "SocketAuthError",
+        "TeardownRefused",
+        "TimedOut",
+        "VmSandboxError",
+        "VmmDied",
+    ),
+    "host.facts": ("Capability", "HostFacts"),
+    "machine.async_machine": ("AsyncMachine",),
+    "machine.command": ("Completed",),
+    "machine.machine": ("Machine",),
+    "plugin.fixtures": ("AsyncMachineFactory", "MachineFactory"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "AsyncMachine",
+    "AsyncMachineFactory",
+    "BootFailed",
+    "Capability",
+    "ChannelLost",
+    "CommandFailed",
+    "Completed",
+    "GuestPanicked",
+    "HostFacts",
+    "HostUnfit",
+    "Machine",
+    "MachineFactory",
+    "MachineFailed",
+    "OutcomeUnknown",
+    "RequestInvalid",
+    "SocketAuthError",
+    "TeardownRefused",
+    "TimedOut",
+    "VmSandboxError",
+    "VmmDied",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

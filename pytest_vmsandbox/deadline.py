@@ -39,7 +39,7 @@ class Deadline:
         return self.left_s == 0.0
 
     def sooner(self, *, seconds: float) -> Deadline:
-        """This deadline, or one `seconds` from now, whichever comes first."""
+        """The same deadline, or one `seconds` from now, whichever comes first."""
         other = Deadline.after(seconds=seconds)
         return other if other.at < self.at else self
 

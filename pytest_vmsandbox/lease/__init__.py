@@ -1,1 +1,1 @@
-"""TODO room."""
+"""Who holds what, across workers and crashes."""

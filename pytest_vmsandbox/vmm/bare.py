@@ -10,12 +10,9 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from pytest_vmsandbox.deadline import Deadline
 from pytest_vmsandbox.errors import HostUnfit
+from pytest_vmsandbox.linux import ProcessIdentity
 from pytest_vmsandbox.vmm.launch import LaunchRequest
-
-# How long a VMM that is told to end by SIGTERM may take before it is ended by SIGKILL.
-TERMINATION_GRACE_S = 3.0
 
 
 class BareProcess:
@@ -26,7 +23,7 @@ class BareProcess:
         self.pid = child.pid
         self.uid = os.getuid()
         self.pidfd = _open_pidfd(child.pid)
-        self.start_ticks = _start_ticks(child.pid)
+        self.identity = ProcessIdentity.of(child.pid)
 
     async def wait(self) -> int:
         """Its exit status once it has ended; negative for a signal."""
@@ -51,16 +48,6 @@ class BareProcess:
         # is never hit.
         self._child.kill()
 
-    async def end(self, *, deadline: Deadline) -> int:
-        """Ask it to end (SIGTERM), insist at the deadline (SIGKILL), reap it."""
-        self._child.terminate()
-        try:
-            async with asyncio.timeout(deadline.timeout_s):
-                return await self.wait()
-        except TimeoutError:
-            self.kill()
-            return await self.wait()
-
     def close(self) -> None:
         """Give the pidfd back; the process must have been reaped."""
         if self.pidfd is not None:
@@ -73,7 +60,7 @@ class BareLauncher:
 
     @asynccontextmanager
     async def launch(self, request: LaunchRequest) -> AsyncIterator[BareProcess]:
-        """Start it in a session of its own; leaving the context ends and reaps it.
+        """Start it in a session of its own; leaving the context kills and reaps it.
 
         Raises HostUnfit when its program can't be started.
         """
@@ -86,7 +73,8 @@ class BareLauncher:
 
 
 async def _end(process: BareProcess) -> None:
-    await process.end(deadline=Deadline.after(seconds=TERMINATION_GRACE_S))
+    process.kill()
+    await process.wait()
     process.close()
 
 
@@ -123,12 +111,3 @@ def _open_pidfd(pid: int) -> int | None:
     if not hasattr(os, "pidfd_open"):
         return None
     return os.pidfd_open(pid)
-
-
-def _start_ticks(pid: int) -> int | None:
-    """Field 22 of proc_pid_stat(5), counted from behind the command's closing parenthesis."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_bytes()
-    except OSError:
-        return None
-    return int(stat.rpartition(b")")[2].split()[19])

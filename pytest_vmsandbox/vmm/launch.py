@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from pytest_vmsandbox.deadline import Deadline
+from pytest_vmsandbox.linux import ProcessIdentity
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,9 +27,9 @@ class VmmProcess(Protocol):
     """A VMM that was started, known for good by its pidfd (None where there are none)."""
 
     pid: int
-    pidfd: int | None
-    start_ticks: int | None
     uid: int
+    pidfd: int | None
+    identity: ProcessIdentity
 
     async def wait(self) -> int:
         """Its exit status once it has ended; negative for a signal."""
@@ -37,12 +37,13 @@ class VmmProcess(Protocol):
     def kill(self) -> None:
         """End it at once (SIGKILL); harmless when it has ended already."""
 
-    async def end(self, *, deadline: Deadline) -> int:
-        """Ask it to end (SIGTERM), insist at the deadline (SIGKILL), reap it."""
-
 
 class Launcher(Protocol):
-    """Runs a VMM; leaving the context ends and reaps it."""
+    """Runs a VMM; leaving the context kills and reaps it.
+
+    A machine that is to end in good order has been shut down before that; what is left then
+    is thrown away with its disks, and nothing is quicker or surer than SIGKILL.
+    """
 
     def launch(self, request: LaunchRequest) -> AbstractAsyncContextManager[VmmProcess]:
         """Start it; the process is ours until the context is left."""

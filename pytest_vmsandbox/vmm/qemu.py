@@ -119,6 +119,6 @@ def _accel(config: QemuConfig) -> str:
 
 def _escape(value: str) -> str:
     """A value inside a QEMU option string, where a comma ends it unless doubled."""
-    if any(ord(character) < 0x20 for character in value):
+    if not value.isprintable():
         raise RequestInvalid(f"control characters can't be handed to QEMU: {value!r}")
     return value.replace(",", ",,")

@@ -1,0 +1,57 @@
+"""Arguments that several subcommands share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+from platformdirs import user_cache_path
+from rich.console import Console
+
+from pytest_vmsandbox.cli.progress import RichProgress
+from pytest_vmsandbox.machine.controller import MachineController
+from pytest_vmsandbox.machine.engine import Engine
+from pytest_vmsandbox.machine.spec import MachineSpec
+from pytest_vmsandbox.machine.worker import Worker, WorkerSettings
+
+
+def add_cache_argument(parser: argparse.ArgumentParser) -> None:
+    """Declare --cache-dir."""
+    parser.add_argument("--cache-dir", type=Path, help="where images are kept (the user's cache)")
+
+
+def cache_of(arguments: argparse.Namespace) -> Path:
+    """The cache directory that was asked for, or the user's."""
+    given: Path | None = arguments.cache_dir
+    return given or user_cache_path("vmsandbox")
+
+
+def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what a machine is like, as the pytest options do."""
+    add_cache_argument(parser)
+    parser.add_argument("--memory-mib", type=int, default=128, help="memory in MiB (128)")
+    parser.add_argument("--cpus", type=int, default=1, help="processors (1)")
+    parser.add_argument("--accel", default="auto", help="auto, kvm or tcg")
+
+
+@contextmanager
+def open_machine(arguments: argparse.Namespace) -> Iterator[tuple[MachineController, Engine]]:
+    """A fresh machine as the arguments describe it, and the engine it lives on."""
+    spec = MachineSpec(
+        image=arguments.image,
+        memory_mib=arguments.memory_mib,
+        cpus=arguments.cpus,
+        accel=arguments.accel,
+    )
+    with RichProgress(Console(stderr=True)) as progress:
+        worker = Worker(WorkerSettings(id="cli", cache_dir=cache_of(arguments)), progress=progress)
+        with closing(worker):
+            (controller,) = worker.engine.run(worker.make([spec]))
+            try:
+                worker.engine.run(worker.boot([controller]))
+                progress.hide()
+                yield controller, worker.engine
+            finally:
+                worker.engine.run(worker.end([controller]))

@@ -1,0 +1,106 @@
+"""A running command in the guest, for `async def test` (compare `asyncio.subprocess.Process`)."""
+
+from __future__ import annotations
+
+import codecs
+import signal
+from collections.abc import AsyncIterator
+
+from pytest_vmsandbox.guest.process import GuestProcess
+from pytest_vmsandbox.guest.streams import ReadStream, WriteStream
+from pytest_vmsandbox.machine.engine import Engine
+from pytest_vmsandbox.machine.process import wait_for
+
+CHUNK = 64 * 1024
+
+
+class AsyncReader:
+    """What a command prints: `str` in the encoding asked for, or `bytes` without one."""
+
+    def __init__(self, stream: ReadStream, engine: Engine, *, encoding: str | None) -> None:
+        self._stream = stream
+        self._engine = engine
+        self._decoder = (
+            codecs.getincrementaldecoder(encoding)(errors="backslashreplace") if encoding else None
+        )
+        self._encoding = encoding
+
+    async def read(self, size: int = -1) -> str | bytes:
+        """All up to the end, or what is there, at most `size` bytes; empty at the end."""
+        return self._decoded(await self._engine.bridge(self._stream.read(size)))
+
+    async def readline(self) -> str | bytes:
+        """One line with its newline; without one at the end, and empty behind it."""
+        return self._decoded(await self._engine.bridge(self._stream.readline()))
+
+    async def __aiter__(self) -> AsyncIterator[str | bytes]:
+        while line := await self.readline():
+            yield line
+
+    async def close(self) -> None:
+        """Read no more: a command that still prints gets SIGPIPE."""
+        await self._engine.bridge(self._stream.close())
+
+    def _decoded(self, data: bytes) -> str | bytes:
+        if self._decoder is None:
+            return data
+        return self._decoder.decode(data, final=not data)
+
+
+class AsyncWriter:
+    """What a command reads."""
+
+    def __init__(self, stream: WriteStream, engine: Engine, *, encoding: str | None) -> None:
+        self._stream = stream
+        self._engine = engine
+        self._encoding = encoding
+
+    async def write(self, data: str | bytes) -> None:
+        """Send it; returns once the guest has room for all of it."""
+        content = data.encode(self._encoding or "utf-8") if isinstance(data, str) else data
+        await self._engine.bridge(self._stream.write(content))
+
+    async def close(self) -> None:
+        """The end of the input."""
+        await self._engine.bridge(self._stream.close())
+
+
+class AsyncProcess:
+    """A command that was started; its streams are awaited."""
+
+    def __init__(self, guest: GuestProcess, engine: Engine, *, encoding: str | None) -> None:
+        self._guest = guest
+        self._engine = engine
+        self.stdin = guest.stdin and AsyncWriter(guest.stdin, engine, encoding=encoding)
+        self.stdout = guest.stdout and AsyncReader(guest.stdout, engine, encoding=encoding)
+        self.stderr = guest.stderr and AsyncReader(guest.stderr, engine, encoding=encoding)
+
+    @property
+    def pid(self) -> int:
+        """Its pid in the guest; also its process group."""
+        return self._guest.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """None while it runs; then its exit status, or minus the signal that ended it."""
+        return self._guest.returncode
+
+    def poll(self) -> int | None:
+        """The same as `returncode`, without waiting."""
+        return self._guest.returncode
+
+    async def wait(self, *, timeout: float | None = None) -> int:
+        """Its exit status once it has ended; TimedOut after `timeout` seconds."""
+        return await self._engine.bridge(wait_for(self._guest, timeout=timeout))
+
+    async def send_signal(self, number: signal.Signals | int) -> None:
+        """Send a signal to its process group; nothing where it has ended."""
+        await self._engine.bridge(self._guest.send_signal(number))
+
+    async def terminate(self) -> None:
+        """Send SIGTERM to its process group."""
+        await self.send_signal(signal.SIGTERM)
+
+    async def kill(self) -> None:
+        """End its whole process group (SIGKILL)."""
+        await self._engine.bridge(self._guest.kill())

@@ -1,0 +1,128 @@
+"""The two faces of a machine share this: what needs no waiting, and how verbs are turned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine, Iterator, Mapping
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypedDict, TypeVar
+
+from pytest_vmsandbox.errors import MachineFailed
+from pytest_vmsandbox.machine.console import Console
+from pytest_vmsandbox.machine.controller import MachineController, MachineFacts
+from pytest_vmsandbox.machine.engine import Engine
+from pytest_vmsandbox.machine.timings import Timings
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class StartOptions(TypedDict, total=False):
+    """How a command is started: keyword arguments of `run` and `popen`."""
+
+    env: Mapping[str, str] | None
+    cwd: str | None
+    user: str | int | None
+
+
+class RunOptions(StartOptions, total=False):
+    """Keyword arguments of `run` beside `encoding`."""
+
+    input: str | bytes | None
+    timeout: float | None
+    check: bool
+
+
+class PopenOptions(StartOptions, total=False):
+    """Keyword arguments of `popen` beside `encoding`."""
+
+    pty: bool
+    rows: int
+    columns: int
+
+
+class Face:
+    """A machine as a test holds it; `controller` is the machine itself, on the engine's loop."""
+
+    def __init__(self, controller: MachineController, engine: Engine) -> None:
+        self._controller = controller
+        self._engine = engine
+
+    @property
+    def name(self) -> str:
+        """Its name, which is also its host name."""
+        return self._controller.name
+
+    @property
+    def id(self) -> str:
+        """What no other machine is called: run, worker and number."""
+        return self._controller.id
+
+    @property
+    def facts(self) -> MachineFacts:
+        """Acceleration, tier, image, kernel and VMM version."""
+        return self._controller.facts
+
+    @property
+    def timings(self) -> Timings:
+        """What it cost so far, in seconds."""
+        return self._controller.timings
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.id}>"
+
+
+class ConsoleFace:
+    """The serial console as a test sees it."""
+
+    def __init__(self, controller: MachineController, engine: Engine) -> None:
+        self._controller = controller
+        self._engine = engine
+
+    @property
+    def text(self) -> str:
+        """All that the guest printed since the machine was made (its last 4 MiB)."""
+        return self._console.text
+
+    def tail(self, lines: int = 50) -> str:
+        """The last `lines` lines of it."""
+        return self._console.tail(lines)
+
+    @property
+    def _console(self) -> Console:
+        return self._controller.console
+
+
+@contextmanager
+def _telling(controller: MachineController) -> Iterator[None]:
+    """Note that the caller is told what the machine died of, when he is."""
+    try:
+        yield
+    except MachineFailed:
+        controller.failure_was_told = True
+        raise
+
+
+Verb = Callable[Concatenate[MachineController, P], Coroutine[Any, Any, T]]
+
+
+def blocking(verb: Verb[P, T]) -> Callable[Concatenate[Face, P], T]:
+    """The verb for `def`: the caller waits."""
+
+    @wraps(verb)
+    def call(self: Face, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        with _telling(self._controller):
+            return self._engine.run(verb(self._controller, *args, **kwargs))
+
+    return call
+
+
+def awaitable(verb: Verb[P, T]) -> Callable[Concatenate[Face, P], Coroutine[Any, Any, T]]:
+    """The verb for `async def`: awaited on any loop."""
+
+    @wraps(verb)
+    async def call(self: Face, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        with _telling(self._controller):
+            return await self._engine.bridge(verb(self._controller, *args, **kwargs))
+
+    return call

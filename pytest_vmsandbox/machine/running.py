@@ -1,0 +1,409 @@
+"""A machine that is powered on: VMM, control line, console and agent, from start to end."""
+
+from __future__ import annotations
+
+import asyncio
+import shlex
+import socket
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pytest_vmsandbox.deadline import Deadline
+from pytest_vmsandbox.errors import (
+    BootFailed,
+    ChannelLost,
+    Evidence,
+    GuestPanicked,
+    MachineFailed,
+    OutcomeUnknown,
+    TimedOut,
+    VmmDied,
+    VmSandboxError,
+)
+from pytest_vmsandbox.guest.channel import Channel, open_channel
+from pytest_vmsandbox.host.socket_auth import connect_machine_socket
+from pytest_vmsandbox.machine.console import Console, ConsoleLine, KernelTrouble
+from pytest_vmsandbox.machine.timings import Timings
+from pytest_vmsandbox.vmm.launch import Launcher, LaunchRequest, VmmProcess
+from pytest_vmsandbox.vmm.qemu import QemuConfig, render_command
+from pytest_vmsandbox.vmm.qmp import QmpEvent, QmpSession, open_qmp
+
+T = TypeVar("T")
+
+# A panicking kernel prints its reason first and its trace afterwards: what is quoted should
+# have both.
+PANIC_TEXT_S = 0.3
+
+# Between an agent that closes its port and the reason for it (reset, shutdown, panic).
+REASON_S = 2.0
+
+# How long somebody who is asked whether he is alive may take to say so.
+SIGN_OF_LIFE_S = 1.0
+
+CONSOLE_TAIL_LINES = 50
+LOG_TAIL_BYTES = 4000
+
+
+class BootStalled(BootFailed):
+    """The boot showed no sign of life for so long that it hangs; another try may not."""
+
+
+class Phase(Enum):
+    """What a powered-on machine can be in."""
+
+    RUNNING = "running"
+    PAUSED = "paused"
+    ENDING = "ending"
+    GONE = "gone"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PowerOn:
+    """How a machine is to be started.
+
+    A boot of it may take `boot_s` seconds, and `stall_s` without a word on the console.
+    """
+
+    config: QemuConfig
+    nonce: str
+    log: Path
+    boot_s: float
+    stall_s: float
+
+    @property
+    def command(self) -> list[str]:
+        """The VMM's argv."""
+        return render_command(self.config)
+
+
+class Running:
+    """A VMM and the guest in it; `open_running` makes it and ends it.
+
+    Once it has failed, `failure` says of what, and every wait for it raises that.
+    """
+
+    def __init__(self, order: PowerOn, console: Console, process: VmmProcess) -> None:
+        self.order = order
+        self.phase = Phase.RUNNING
+        self.process = process
+        self.failure: MachineFailed | None = None
+        self.troubles: list[KernelTrouble] = []
+        self.guest_shut_down = False
+        self._qmp: QmpSession | None = None
+        self._channel: Channel | None = None
+        self._lines = AsyncExitStack()
+        self._console = console
+        self._status = "starting"
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._failed = asyncio.Event()
+        self._reset = asyncio.Event()
+        self._answering = asyncio.Event()
+        self.ended = asyncio.Event()
+        console.on_trouble = self.trouble
+
+    @property
+    def qmp(self) -> QmpSession:
+        """The control line; `connect` makes it."""
+        if self._qmp is None:
+            raise self.failed(BootFailed, "the control line is not connected yet")
+        return self._qmp
+
+    @property
+    def channel(self) -> Channel:
+        """The agent's line; `boot` makes it."""
+        if self._channel is None:
+            raise self.failed(BootFailed, "the agent has not answered yet")
+        return self._channel
+
+    # What others wait for
+
+    async def unless_it_fails(self, work: asyncio.Future[T]) -> T:
+        """The result of `work`, or the machine's failure as soon as there is one."""
+        failed = asyncio.ensure_future(self._failed.wait())
+        try:
+            await asyncio.wait({work, failed}, return_when=asyncio.FIRST_COMPLETED)
+            if self.failure is not None and not work.done():
+                raise self.failure
+            return await work
+        finally:
+            for task in (failed, work):
+                task.cancel()
+            await asyncio.gather(failed, work, return_exceptions=True)
+
+    async def wait_answering(self, *, deadline: Deadline) -> None:
+        """Return once the agent answers: at once, but for a guest that is just rebooting."""
+        if self.failure is not None:
+            raise self.failure
+        if not self._answering.is_set():
+            await self._within(self._answering, deadline, "the guest's agent")
+
+    async def wait_rebooted(self, *, deadline: Deadline) -> None:
+        """Return once the guest has been reset and its agent answers again."""
+        await self._within(self._reset, deadline, "the guest's reset")
+        await self.wait_answering(deadline=deadline)
+
+    async def wait_ended(self, *, deadline: Deadline) -> None:
+        """Return once the VMM has ended."""
+        await self._within(self.ended, deadline, "the VMM's end")
+
+    def expect_reset(self) -> None:
+        """The guest is about to be told to reboot: wait for the reset that comes now."""
+        self._reset.clear()
+
+    @asynccontextmanager
+    async def expecting_its_end(self) -> AsyncIterator[None]:
+        """In this block the guest may power itself off without that being a failure."""
+        self.phase = Phase.ENDING
+        try:
+            yield
+        except BaseException:
+            self.phase = Phase.RUNNING
+            raise
+
+    async def vital_signs(self) -> str:
+        """One line on who still answers: the VMM, the guest's agent."""
+        deadline = Deadline.after(seconds=SIGN_OF_LIFE_S)
+        vmm, agent = await asyncio.gather(
+            _sign(self.qmp.execute("query-status", deadline=deadline)),
+            _sign(self.channel.ping(deadline=deadline)),
+        )
+        return f"QEMU answers QMP: {vmm}; the guest's agent answers: {agent}"
+
+    # What happens to it
+
+    def fail(self, error: MachineFailed) -> None:
+        """Record what it died of and tell everyone who waits for it; only the first counts."""
+        if self.failure is None and self.phase is not Phase.ENDING:
+            self.failure = error
+            self.phase = Phase.GONE
+            self._console.fail(error)
+            self._failed.set()
+            if self._channel is not None:
+                self._channel.fail(error)
+
+    def trouble(self, trouble: KernelTrouble) -> None:
+        """The kernel said on the console, or through pvpanic, that it is in trouble."""
+        if trouble not in self.troubles:
+            self.troubles.append(trouble)
+            if trouble is KernelTrouble.PANIC:
+                self._spawn(self._panic())
+
+    def on_event(self, event: QmpEvent) -> None:
+        """Follow what QEMU reports of itself."""
+        match event.name:
+            case "GUEST_PANICKED":
+                self.trouble(KernelTrouble.PANIC)
+            case "RESET":
+                self._answering.clear()
+                self._spawn(self._greet_again())
+            case "SHUTDOWN":
+                self.guest_shut_down = bool(event.data.get("guest"))
+            case "VSERPORT_CHANGE" if event.data.get("open") is False:
+                self._spawn(self._port_closed())
+            case "STOP":
+                self._status = "paused"
+                self._spawn(self._look_why_stopped())
+            case "RESUME":
+                self._status = "running"
+
+    def evidence(self) -> Evidence:
+        """What there is to look at now."""
+        return Evidence(
+            console_tail=self._console.tail(CONSOLE_TAIL_LINES),
+            vmm_stderr=log_tail(self.order.log),
+            command_line=shlex.join(self.order.command),
+            vmm_status=self._status,
+        )
+
+    def failed(self, kind: type[MachineFailed], cause: str) -> MachineFailed:
+        """An error of `kind` with the present evidence."""
+        return kind(self.order.config.name, cause, self.evidence())
+
+    # How it starts and ends
+
+    async def boot(self, *, deadline: Deadline) -> None:
+        """Let the guest run and wait for its agent's hello."""
+        sock = await self._connect("agent", deadline=deadline)
+        answer = asyncio.ensure_future(
+            open_channel(
+                sock, name=self.order.config.name, nonce=self.order.nonce, deadline=deadline
+            )
+        )
+        await self.qmp.execute("cont", deadline=deadline)
+        stall = self._spawn(self._watch_stall())
+        self._channel = await self.unless_it_fails(answer)
+        stall.cancel()
+        self._answering.set()
+        self._spawn(self._watch_channel())
+
+    async def connect(self, *, deadline: Deadline) -> None:
+        """Connect control line and console, each to the VMM that we started and no other."""
+        self._spawn(self._watch_process())
+        sock = await self._connect("console", deadline=deadline)
+        loop = asyncio.get_running_loop()
+        line, _ = await loop.create_unix_connection(lambda: ConsoleLine(self._console), sock=sock)
+        self._lines.callback(line.close)
+        sock = await self._connect("qmp", deadline=deadline)
+        self._qmp = await self._lines.enter_async_context(
+            open_qmp(sock, on_event=self.on_event, deadline=deadline)
+        )
+
+    async def close(self) -> None:
+        """Kill the VMM and let go of every line; who still waits for it gets ChannelLost."""
+        ended_by_us = self.failed(ChannelLost, "the machine was ended")
+        self.phase = Phase.ENDING
+        self.process.kill()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._console.fail(self.failure or ended_by_us)
+        if self._channel is not None:
+            self._channel.fail(self.failure or ended_by_us)
+            await self._channel.close()
+        await self._lines.aclose()
+
+    async def _connect(self, purpose: str, *, deadline: Deadline) -> socket.socket:
+        return await self.unless_it_fails(
+            asyncio.ensure_future(
+                connect_machine_socket(
+                    self.order.config.socket(purpose),
+                    uid=self.process.uid,
+                    pidfd=self.process.pidfd,
+                    identity=self.process.identity,
+                    deadline=deadline,
+                )
+            )
+        )
+
+    # What is watched
+
+    async def _watch_process(self) -> None:
+        returncode = await self.process.wait()
+        self.ended.set()
+        self._status = f"ended with {returncode}"
+        if self.guest_shut_down:
+            self.fail(self.failed(ChannelLost, "the guest shut itself down"))
+        else:
+            self.fail(self.failed(VmmDied, f"the VMM ended by itself, with {returncode}"))
+
+    async def _watch_channel(self) -> None:
+        error = await self.channel.wait_lost()
+        self.fail(self.failed(ChannelLost, str(error)))
+
+    async def _watch_stall(self) -> None:
+        seen = -1
+        while seen != self._console.position:
+            seen = self._console.position
+            await asyncio.sleep(self.order.stall_s)
+        cause = f"no sign of life for {self.order.stall_s:.0f} s"
+        self.fail(self.failed(BootStalled, cause))
+
+    async def _panic(self) -> None:
+        await asyncio.sleep(PANIC_TEXT_S)
+        lines = self._console.tail(200).splitlines()
+        said = next((line for line in lines if "Kernel panic" in line), "the kernel panicked")
+        self.fail(self.failed(GuestPanicked, said.strip()))
+
+    async def _greet_again(self) -> None:
+        order = self.order
+        deadline = Deadline.after(seconds=order.boot_s)
+        try:
+            await self.channel.handshake(nonce=order.nonce, deadline=deadline)
+        except VmSandboxError as error:
+            self.fail(self.failed(BootFailed, f"after a reset: {error}"))
+        else:
+            self._answering.set()
+            self._reset.set()
+
+    async def _port_closed(self) -> None:
+        await asyncio.sleep(REASON_S)
+        if self._answering.is_set() and not self.ended.is_set():
+            with suppress(VmSandboxError):
+                await self.channel.ping(deadline=Deadline.after(seconds=REASON_S))
+                return
+            self.fail(self.failed(ChannelLost, "the agent closed its port and does not answer"))
+
+    async def _look_why_stopped(self) -> None:
+        with suppress(VmSandboxError):
+            answer = await self.qmp.execute(
+                "query-status", deadline=Deadline.after(seconds=REASON_S)
+            )
+            match answer:
+                case {"status": "internal-error" | "io-error" as status}:
+                    self._status = status
+                    self.fail(self.failed(VmmDied, f"the VMM stopped the guest: {status}"))
+
+    async def _within(self, event: asyncio.Event, deadline: Deadline, awaited: str) -> None:
+        try:
+            async with asyncio.timeout(deadline.timeout_s):
+                await self.unless_it_fails(asyncio.ensure_future(event.wait()))
+        except TimeoutError as error:
+            if isinstance(error, TimedOut):
+                raise
+            raise deadline.timed_out(awaited, self._console.tail()) from None
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+
+@asynccontextmanager
+async def open_running(
+    order: PowerOn, *, launcher: Launcher, console: Console, timings: Timings
+) -> AsyncIterator[Running]:
+    """Start the VMM, prove that its sockets are its own, boot the guest; kill it on the way out.
+
+    Raises BootFailed, with what there was to see, when the guest does not come to answer.
+    Whatever is raised, no process and no connection is left.
+    """
+    deadline = Deadline.after(seconds=order.boot_s)
+    console.power_on()
+    async with AsyncExitStack() as stack:
+        with timings.measuring("spawn_s"):
+            process = await stack.enter_async_context(
+                launcher.launch(
+                    LaunchRequest(
+                        argv=order.command, directory=order.config.directory, log=order.log
+                    )
+                )
+            )
+            running = Running(order, console, process)
+            stack.push_async_callback(running.close)
+            await _booting(running.connect(deadline=deadline), running)
+        with timings.measuring("boot_s"):
+            await _booting(running.boot(deadline=deadline), running)
+        yield running
+
+
+async def _booting(step: Coroutine[Any, Any, None], running: Running) -> None:
+    """Do a step of the boot; whatever goes wrong in it is a BootFailed."""
+    try:
+        await step
+    except BootFailed:
+        raise
+    except MachineFailed as error:
+        raise running.failed(BootFailed, f"it did not boot: {error.cause}") from error
+    except (TimedOut, OutcomeUnknown) as error:
+        raise running.failed(BootFailed, f"it did not boot: {error}") from error
+
+
+async def _sign(question: Coroutine[Any, Any, object]) -> str:
+    try:
+        await question
+    except (VmSandboxError, TimeoutError) as error:
+        return f"no ({type(error).__name__})"
+    return "yes"
+
+
+def log_tail(path: Path) -> str:
+    """The end of a log; empty where there is none."""
+    try:
+        return path.read_bytes()[-LOG_TAIL_BYTES:].decode(errors="backslashreplace")
+    except OSError:
+        return ""

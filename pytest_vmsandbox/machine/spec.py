@@ -1,0 +1,80 @@
+"""What a machine is to be like, as a test asked for it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from pytest_vmsandbox.errors import RequestInvalid
+
+MEMORY_MIB = range(48, 1024 * 1024)
+CPUS = range(1, 256)
+_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MachineSpec:
+    """A machine's shape; the marker's and the factory's arguments are its fields.
+
+    `image` is a recipe's name or the path of an image directory, `accel` one of auto, kvm,
+    tcg, hvf, `tier` demands the tier that the machine runs in. A wrong value raises
+    RequestInvalid, which names it.
+    """
+
+    image: str = "mini"
+    memory_mib: int = 128
+    cpus: int = 1
+    accel: str = "auto"
+    tier: str = "auto"
+    lifecycle: str = "booted"
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        _require_text("image", self.image)
+        _require_number("memory_mib", self.memory_mib, MEMORY_MIB)
+        _require_number("cpus", self.cpus, CPUS)
+        _require_word("accel", self.accel, ("auto", "kvm", "tcg", "hvf"))
+        _require_word("tier", self.tier, ("auto", "root", "sudo", "qemu-vm", "userns", "bare"))
+        _require_word("lifecycle", self.lifecycle, ("booted",))
+        if self.name is not None and not (
+            isinstance(self.name, str) and _NAME.fullmatch(self.name)
+        ):
+            raise RequestInvalid(
+                f"name={self.name!r} can't be a machine's name",
+                "a host name: 1 to 32 of a-z, 0-9 and -, not at either end",
+            )
+
+    def changed(self, wishes: Mapping[str, Any]) -> MachineSpec:
+        """The same spec with `wishes` (field to value) in place of its own values.
+
+        Raises RequestInvalid on a name that is no field, or a value that it can't have.
+        """
+        known = tuple(field.name for field in fields(self))
+        for wish in wishes:
+            if wish not in known:
+                raise RequestInvalid(f"a machine has no {wish!r}", f"known are: {', '.join(known)}")
+        texts: dict[str, Any] = {
+            name: str(value) if isinstance(value, Path) else value for name, value in wishes.items()
+        }
+        return replace(self, **texts)
+
+
+def _require_text(name: str, value: object) -> None:
+    if not isinstance(value, str) or not value:
+        raise RequestInvalid(f"{name}={value!r} must be a text that is not empty")
+
+
+def _require_number(name: str, value: object, allowed: range) -> None:
+    # bool is an int to Python, and a mistake here
+    if not isinstance(value, int) or isinstance(value, bool) or value not in allowed:
+        raise RequestInvalid(
+            f"{name}={value!r} must be a whole number from {allowed.start} to {allowed.stop - 1}"
+        )
+
+
+def _require_word(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise RequestInvalid(f"{name}={value!r} must be one of {', '.join(allowed)}")

@@ -1,0 +1,206 @@
+"""A worker: one xdist worker's engine, run directory, images and machines.
+
+The one place that introduces the rooms to each other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import platform
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import count
+from pathlib import Path
+
+from pytest_vmsandbox.errors import HostUnfit
+from pytest_vmsandbox.guest.compiler import agent_binary
+from pytest_vmsandbox.host.facts import Capability, HostFacts, Tier, Verdict
+from pytest_vmsandbox.host.survey import probe_host, settle_kvm
+from pytest_vmsandbox.image.cache import ensure_image
+from pytest_vmsandbox.image.image import Image
+from pytest_vmsandbox.image.progress import Progress, SilentProgress
+from pytest_vmsandbox.lease.run_directory import (
+    RunDirectory,
+    default_base,
+    make_private,
+    open_run_directory,
+)
+from pytest_vmsandbox.machine.controller import Build, MachineController
+from pytest_vmsandbox.machine.engine import Engine
+from pytest_vmsandbox.machine.spec import MachineSpec
+from pytest_vmsandbox.vmm.bare import BareLauncher
+from pytest_vmsandbox.vmm.qemu import MODULES_SERIAL, MachineType, QemuConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSettings:
+    """What a worker is told; `id` is the xdist worker's name, at most 8 characters long."""
+
+    cache_dir: Path
+    id: str = "main"
+    run_dir: Path | None = None
+    timeout_scale: float = 1.0
+    host_kernel: Path | None = None
+    reprobe: bool = False
+
+
+class Worker:
+    """Makes machines. Everything is acquired on first need and given back by `close`."""
+
+    def __init__(self, settings: WorkerSettings, *, progress: Progress | None = None) -> None:
+        self.settings = settings
+        self.engine = Engine()
+        self._progress = progress or SilentProgress()
+        self._acquired = ExitStack()
+        self._numbers = count(1)
+        self._images: dict[str, Image] = {}
+        self._preparing = asyncio.Lock()
+        # More boots at once than processors only make each of them slower.
+        self._booting = asyncio.Semaphore(os.cpu_count() or 1)
+        self._facts: HostFacts | None = None
+
+    @property
+    def facts(self) -> HostFacts:
+        """What this host can do; probed on first use, or remembered from this boot of it."""
+        if self._facts is None:
+            return self.engine.run(self._known_facts())
+        return self._facts
+
+    @cached_property
+    def directory(self) -> RunDirectory:
+        """The run directory, made and locked on first use."""
+        return self._acquired.enter_context(open_run_directory(self._base, worker=self.settings.id))
+
+    async def make(self, specs: Sequence[MachineSpec]) -> list[MachineController]:
+        """Machines of these shapes, not powered on yet.
+
+        Raises HostUnfit where this host can't have one, RequestInvalid for what can't be.
+        """
+        return [await self._make(spec) for spec in specs]
+
+    async def boot(self, machines: Sequence[MachineController]) -> None:
+        """Power them on, as many at once as there are processors.
+
+        Returns once all answer; when one fails, the others' boots are given up.
+        """
+        boots = [asyncio.create_task(self._boot(machine)) for machine in machines]
+        try:
+            await asyncio.gather(*boots)
+        finally:
+            for boot in boots:
+                boot.cancel()
+            await asyncio.gather(*boots, return_exceptions=True)
+
+    async def end(self, machines: Sequence[MachineController]) -> None:
+        """End these machines; each one is tried, whatever becomes of the others."""
+        results = await asyncio.gather(
+            *(machine.close() for machine in machines), return_exceptions=True
+        )
+        failures = [result for result in results if isinstance(result, Exception)]
+        if failures:
+            raise ExceptionGroup("machines did not end in good order", failures)
+
+    async def image(self, wanted: str) -> Image:
+        """The image by that name or path; built, by whoever comes first, when it is not there."""
+        async with self._preparing:
+            if wanted not in self._images:
+                self._images[wanted] = await asyncio.to_thread(self._ensure_image, wanted)
+            return self._images[wanted]
+
+    def close(self) -> None:
+        """Give everything back: the run directory goes, the engine stops."""
+        self._acquired.close()
+        self.engine.close()
+
+    async def _boot(self, machine: MachineController) -> None:
+        async with self._booting:
+            await machine.power_on()
+
+    async def _make(self, spec: MachineSpec) -> MachineController:
+        facts = await self._known_facts()
+        facts.require(Capability.QEMU)
+        _require_tier(spec.tier)
+        image = await self.image(spec.image)
+        accel = await self._accel(spec.accel, image)
+        number = next(self._numbers)
+        directory = self.directory.machine_directory(f"m{number}")
+        config = QemuConfig(
+            program=facts.qemu.path if facts.qemu else "qemu-system-x86_64",
+            name=spec.name or f"vm{number}",
+            directory=directory,
+            kernel=image.kernel,
+            initramfs=image.initramfs,
+            command_line=image.command_line,
+            machine_type=MachineType.Q35,
+            accel=accel,
+            memory_mib=spec.memory_mib,
+            cpus=spec.cpus,
+            read_only_disks={MODULES_SERIAL: image.modules} if image.modules else {},
+        )
+        return MachineController(
+            Build(
+                id=f"{self.directory.id}-{self.settings.id}-m{number}",
+                config=config,
+                launcher=BareLauncher(),
+                tier=Tier.BARE,
+                image=image.name,
+                image_digest=image.digest,
+                time_scale=self.settings.timeout_scale * facts.time_scale,
+            )
+        )
+
+    async def _accel(self, wanted: str, image: Image) -> str:
+        facts = await self._known_facts()
+        if wanted in ("auto", "kvm") and facts[Capability.KVM].verdict is Verdict.UNCONFIRMED:
+            self._facts = facts = await settle_kvm(
+                facts,
+                cache_dir=self.settings.cache_dir,
+                run_dir=self._base,
+                kernel=image.kernel,
+                initramfs=image.initramfs,
+                command_line=" ".join(image.command_line),
+            )
+        if wanted == "auto":
+            return facts.accel
+        if wanted == "kvm":
+            facts.require(Capability.KVM)
+        return wanted
+
+    async def _known_facts(self) -> HostFacts:
+        if self._facts is None:
+            self._facts = await probe_host(
+                cache_dir=self.settings.cache_dir,
+                run_dir=self._base,
+                reprobe=self.settings.reprobe,
+            )
+        return self._facts
+
+    @cached_property
+    def _base(self) -> Path:
+        base = self.settings.run_dir or default_base()
+        make_private(base)
+        return base
+
+    def _ensure_image(self, wanted: str) -> Image:
+        cache_dir = self.settings.cache_dir
+        agent = agent_binary(architecture=platform.machine(), cache_dir=cache_dir)
+        return ensure_image(
+            wanted,
+            cache_dir=cache_dir,
+            agent=agent,
+            progress=self._progress,
+            host_kernel=self.settings.host_kernel,
+        )
+
+
+def _require_tier(wanted: str) -> None:
+    if wanted not in ("auto", Tier.BARE):
+        raise HostUnfit(
+            f"VMS-TIER-{wanted.upper()}",
+            f"the tier {wanted}",
+            "this version of pytest-vmsandbox builds no walls: it has the tier bare only",
+            "leave the tier to `auto`",
+        )

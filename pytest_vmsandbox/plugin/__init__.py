@@ -1,0 +1,47 @@
+"""The face to pytest. Every pytest run loads it: no room below is imported until it is needed."""
+
+from __future__ import annotations
+
+from pytest_vmsandbox.plugin.fixtures import (
+    async_vm,
+    async_vm_factory,
+    vm,
+    vm_factory,
+    vm_host,
+    vm_image,
+    vm_module,
+    vm_session,
+)
+from pytest_vmsandbox.plugin.hooks import (
+    pytest_addoption,
+    pytest_configure,
+    pytest_pycollect_makeitem,
+    pytest_report_collectionfinish,
+    pytest_runtest_call,
+    pytest_runtest_makereport,
+    pytest_runtest_setup,
+    pytest_sessionfinish,
+    pytest_terminal_summary,
+    pytest_testnodedown,
+)
+
+__all__ = [
+    "async_vm",
+    "async_vm_factory",
+    "pytest_addoption",
+    "pytest_configure",
+    "pytest_pycollect_makeitem",
+    "pytest_report_collectionfinish",
+    "pytest_runtest_call",
+    "pytest_runtest_makereport",
+    "pytest_runtest_setup",
+    "pytest_sessionfinish",
+    "pytest_terminal_summary",
+    "pytest_testnodedown",
+    "vm",
+    "vm_factory",
+    "vm_host",
+    "vm_image",
+    "vm_module",
+    "vm_session",
+]

@@ -1,0 +1,179 @@
+"""The fixtures that tests ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Protocol, Self, overload
+
+import pytest
+
+from pytest_vmsandbox.plugin.markers import spec_of
+from pytest_vmsandbox.plugin.session import MACHINES, SETTINGS, base_spec, worker_of
+
+if TYPE_CHECKING:
+    from pytest_vmsandbox.host.facts import HostFacts
+    from pytest_vmsandbox.machine.async_machine import AsyncMachine
+    from pytest_vmsandbox.machine.controller import MachineController
+    from pytest_vmsandbox.machine.machine import Machine
+    from pytest_vmsandbox.machine.spec import MachineSpec
+
+
+class MachineFactory(Protocol):
+    """Makes machines for `def test`: one, or a list when `count` is given."""
+
+    @overload
+    def __call__(self, *, count: None = None, **wishes: Any) -> Machine: ...
+    @overload
+    def __call__(self, *, count: int, **wishes: Any) -> list[Machine]: ...
+
+
+class AsyncMachineFactory(Protocol):
+    """Makes machines for `async def test`: one, or a list when `count` is given."""
+
+    @overload
+    async def __call__(self, *, count: None = None, **wishes: Any) -> AsyncMachine: ...
+    @overload
+    async def __call__(self, *, count: int, **wishes: Any) -> list[AsyncMachine]: ...
+
+
+@pytest.fixture(scope="session")
+def vm_host(pytestconfig: pytest.Config) -> HostFacts:
+    """Every capability of this host with evidence and remedy; `.tier`, `.accel`."""
+    return worker_of(pytestconfig).facts
+
+
+@pytest.fixture(scope="session")
+def vm_image(pytestconfig: pytest.Config) -> str:
+    """The image that machines boot; override it in a conftest, or by `--vm-image`."""
+    return pytestconfig.stash[SETTINGS].image
+
+
+@pytest.fixture
+def vm(request: pytest.FixtureRequest, vm_image: str) -> Iterator[Machine]:
+    """A fresh machine, for this test alone."""
+    with _one_machine(request, vm_image) as machine:
+        yield machine
+
+
+@pytest.fixture
+def async_vm(request: pytest.FixtureRequest, vm_image: str) -> Iterator[AsyncMachine]:
+    """A fresh machine for this test alone, its verbs awaited, on any event loop."""
+    # Not an async fixture: machines live on the engine's loop, so that no loop scope of
+    # pytest-asyncio has to be met.
+    from pytest_vmsandbox.machine.async_machine import AsyncMachine
+
+    with _Machines(request) as machines:
+        (controller,) = machines.engine.run(machines.start([_wanted(request, vm_image)]))
+        yield AsyncMachine(controller, machines.engine)
+
+
+@pytest.fixture(scope="module")
+def vm_module(request: pytest.FixtureRequest, vm_image: str) -> Iterator[Machine]:
+    """One machine for all tests of a module; a `vm` mark on the module says what it is like."""
+    with _one_machine(request, vm_image) as machine:
+        yield machine
+
+
+@pytest.fixture(scope="session")
+def vm_session(request: pytest.FixtureRequest, vm_image: str) -> Iterator[Machine]:
+    """One machine for all tests of a worker."""
+    with _one_machine(request, vm_image) as machine:
+        yield machine
+
+
+@pytest.fixture
+def vm_factory(request: pytest.FixtureRequest, vm_image: str) -> Iterator[MachineFactory]:
+    """Makes fresh machines for this test: `(count=, image=, memory_mib=, cpus=, name=, ...)`."""
+    from pytest_vmsandbox.machine.machine import Machine
+
+    with _Machines(request) as machines:
+
+        def make(*, count: int | None = None, **wishes: Any) -> Machine | list[Machine]:
+            specs = specs_for(_wanted(request, vm_image), count=count, wishes=wishes)
+            made = [
+                Machine(controller, machines.engine)
+                for controller in machines.engine.run(machines.start(specs))
+            ]
+            return made[0] if count is None else made
+
+        yield make  # type: ignore[misc]  # what `count` is decides which it gives
+
+
+@pytest.fixture
+def async_vm_factory(
+    request: pytest.FixtureRequest, vm_image: str
+) -> Iterator[AsyncMachineFactory]:
+    """Makes fresh machines for this test, awaited; arguments as for `vm_factory`."""
+    from pytest_vmsandbox.machine.async_machine import AsyncMachine
+
+    with _Machines(request) as machines:
+
+        async def make(
+            *, count: int | None = None, **wishes: Any
+        ) -> AsyncMachine | list[AsyncMachine]:
+            specs = specs_for(_wanted(request, vm_image), count=count, wishes=wishes)
+            made = [
+                AsyncMachine(controller, machines.engine)
+                for controller in await machines.engine.bridge(machines.start(specs))
+            ]
+            return made[0] if count is None else made
+
+        yield make  # type: ignore[misc]  # what `count` is decides which it gives
+
+
+def specs_for(
+    base: MachineSpec, *, count: int | None, wishes: Mapping[str, Any]
+) -> list[MachineSpec]:
+    """`count` shapes (one for None) like `base` but for `wishes`, names numbered from 1.
+
+    Raises RequestInvalid where `count` is not a number from 1.
+    """
+    from pytest_vmsandbox.errors import RequestInvalid
+
+    wanted = base.changed(wishes)
+    if count is None:
+        return [wanted]
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise RequestInvalid(f"count={count!r} must be a whole number from 1")
+    if wanted.name is None:
+        return [wanted] * count
+    return [wanted.changed({"name": f"{wanted.name}-{n}"}) for n in range(1, count + 1)]
+
+
+def _wanted(request: pytest.FixtureRequest, image: str) -> MachineSpec:
+    return spec_of(request.node, base_spec(request.config, image))
+
+
+@contextmanager
+def _one_machine(request: pytest.FixtureRequest, image: str) -> Iterator[Machine]:
+    from pytest_vmsandbox.machine.machine import Machine
+
+    with _Machines(request) as machines:
+        (controller,) = machines.engine.run(machines.start([_wanted(request, image)]))
+        yield Machine(controller, machines.engine)
+
+
+class _Machines:
+    """The machines that one fixture makes: they end with it, and stay known to reports."""
+
+    def __init__(self, request: pytest.FixtureRequest) -> None:
+        self._worker = worker_of(request.config)
+        self._known = request.node.stash.setdefault(MACHINES, [])
+        self._ours: list[MachineController] = []
+        self.engine = self._worker.engine
+
+    async def start(self, specs: Sequence[MachineSpec]) -> list[MachineController]:
+        # Known before they are started, on the engine's thread: neither a boot that fails nor
+        # an interrupted test loses sight of a machine.
+        made = await self._worker.make(specs)
+        self._ours.extend(made)
+        self._known.extend(made)
+        await self._worker.boot(made)
+        return made
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.engine.run(self._worker.end(self._ours))

@@ -1,0 +1,96 @@
+"""Our markers, checked when tests are collected."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from pytest_vmsandbox.host.facts import Capability
+    from pytest_vmsandbox.machine.spec import MachineSpec
+
+MARKERS = (
+    "vm(image=, memory_mib=, cpus=, accel=, tier=, lifecycle=, name=): the machine's shape",
+    "vm_requires(capability, ...): skip, with the reason, where the host lacks one of them",
+    'vm_expect(what): the guest is meant to die: "panic", "oops" or "shutdown"',
+)
+EXPECTATIONS = ("panic", "oops", "shutdown")
+
+
+def check_markers(item: pytest.Item) -> None:
+    """Raise RequestInvalid when one of our markers on `item` can't be.
+
+    Called once a test, at collection: a run without our markers imports nothing for this.
+    """
+    for name, check in _CHECKS.items():
+        for marker in item.iter_markers(name):
+            check(marker)
+
+
+def spec_of(node: pytest.Item | pytest.Collector, base: MachineSpec) -> MachineSpec:
+    """What the `vm` markers on a test, its class and its module make of `base`; nearest last."""
+    for marker in reversed(list(node.iter_markers("vm"))):
+        base = base.changed(marker.kwargs)
+    return base
+
+
+def capabilities_of(item: pytest.Item) -> list[Capability]:
+    """What `item` demands of the host."""
+    return [
+        capability
+        for marker in item.iter_markers("vm_requires")
+        for capability in _required(marker)
+    ]
+
+
+def expectations_of(item: pytest.Item) -> frozenset[str]:
+    """How the guest of `item` may die."""
+    return frozenset(
+        word for marker in item.iter_markers("vm_expect") for word in _expected(marker)
+    )
+
+
+def _check_vm(marker: pytest.Mark) -> None:
+    from pytest_vmsandbox.errors import RequestInvalid
+    from pytest_vmsandbox.machine.spec import MachineSpec
+
+    if marker.args:
+        raise RequestInvalid(
+            f"@pytest.mark.vm takes keyword arguments only, not {marker.args!r}",
+            "for instance @pytest.mark.vm(memory_mib=256)",
+        )
+    MachineSpec().changed(marker.kwargs)
+
+
+def _required(marker: pytest.Mark) -> list[Capability]:
+    from pytest_vmsandbox.errors import RequestInvalid
+    from pytest_vmsandbox.host.facts import Capability
+
+    if marker.kwargs or not marker.args:
+        raise RequestInvalid("@pytest.mark.vm_requires takes the names of capabilities")
+    try:
+        return [Capability(name) for name in marker.args]
+    except ValueError as error:
+        raise RequestInvalid(
+            f"@pytest.mark.vm_requires: {error}", f"known are: {', '.join(Capability)}"
+        ) from None
+
+
+def _expected(marker: pytest.Mark) -> tuple[str, ...]:
+    from pytest_vmsandbox.errors import RequestInvalid
+
+    if marker.kwargs or not marker.args or set(marker.args) - set(EXPECTATIONS):
+        raise RequestInvalid(
+            f"@pytest.mark.vm_expect{marker.args!r} is no end that a guest can be meant to have",
+            f"known are: {', '.join(EXPECTATIONS)}",
+        )
+    return marker.args
+
+
+_CHECKS: dict[str, Callable[[pytest.Mark], object]] = {
+    "vm": _check_vm,
+    "vm_requires": _required,
+    "vm_expect": _expected,
+}
