@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pytest_vmsandbox.host.facts import Fact, HostFacts, Verdict
+from pytest_vmsandbox.host.setup_record import RECORD
 
 # Grows with every change of a probe, so that nothing an older one said is believed.
 PROBES_VERSION = 1
@@ -32,6 +33,7 @@ class Key:
     search_path: str
     run_device: int  # the file system of the run directory; its name changes with each run
     qemu: tuple[str, int, int]  # path, mtime in ns, size
+    setup: tuple[str, int, int]  # the same of the record of `vmsandbox setup`
     probes_version: int = PROBES_VERSION
 
     @property
@@ -50,6 +52,7 @@ def key_of(*, qemu: Path | None, search_path: str, run_dir: Path) -> Key:
         search_path=search_path,
         run_device=run_dir.stat().st_dev,
         qemu=_identity(qemu),
+        setup=_identity(RECORD),
     )
 
 
@@ -81,24 +84,17 @@ def remember(cache_dir: Path, key: Key, facts: HostFacts) -> None:
         _publish(cache_dir / key.file_name, json.dumps(facts.to_json(), indent=1))
 
 
-def forget(cache_dir: Path) -> None:
-    """Remember nothing of this host any more, for any user of this cache."""
-    for file in cache_dir.glob("host-*.json"):
-        with suppress(OSError):
-            file.unlink()
-
-
 def is_final(kvm: Fact) -> bool:
     """Whether KVM needs no kernel to be tried on it any more."""
     return kvm.verdict is not Verdict.UNCONFIRMED
 
 
-def _identity(program: Path | None) -> tuple[str, int, int]:
+def _identity(file: Path | None) -> tuple[str, int, int]:
     try:
-        seen = None if program is None else program.stat()
+        seen = None if file is None else file.stat()
     except OSError:
         seen = None
-    return ("", 0, 0) if seen is None else (str(program), seen.st_mtime_ns, seen.st_size)
+    return ("", 0, 0) if seen is None else (str(file), seen.st_mtime_ns, seen.st_size)
 
 
 def _publish(path: Path, content: str) -> None:

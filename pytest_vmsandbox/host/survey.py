@@ -39,8 +39,8 @@ from pytest_vmsandbox.host.trial import Trial, start_trial
 async def probe_host(*, cache_dir: Path, run_dir: Path, reprobe: bool = False) -> HostFacts:
     """All facts of this host for this user: remembered ones, or tried now and remembered.
 
-    Raises nothing for what the host lacks. `run_dir` must exist and be writable; nothing is left
-    in it. With `reprobe` whatever is remembered is tried again, KVM with a kernel included.
+    Raises nothing for what the host lacks. Nothing is left in `run_dir`, which need not be there
+    yet. With `reprobe` whatever is remembered is tried again, KVM with a kernel included.
     """
     trial = start_trial(run_dir=run_dir)
     key = _key(trial)

@@ -57,16 +57,20 @@ class Trial:
             )
 
     @contextmanager
-    def scratch(self) -> Iterator[Path]:
-        """A private directory in the run directory, removed afterwards."""
-        with TemporaryDirectory(prefix="probe-", dir=self.run_dir) as path:
+    def scratch(self, *, within: Path | None = None) -> Iterator[Path]:
+        """A private directory, removed afterwards; OSError where none can be made."""
+        with TemporaryDirectory(prefix="vmsandbox-probe-", dir=within) as path:
             yield Path(path)
 
 
 def start_trial(*, run_dir: Path) -> Trial:
-    """A trial of this host as it is, for this process's user."""
+    """A trial of this host as it is, for this process's user.
+
+    A run directory that is yet to be made stands for the one in which it will be.
+    """
+    present = next(path for path in (run_dir, *run_dir.parents) if path.is_dir())
     path = os.environ.get("PATH", os.defpath)
-    return Trial(run_dir=run_dir, search_path=os.pathsep.join((path, *_ADMINISTRATORS_PATH)))
+    return Trial(run_dir=present, search_path=os.pathsep.join((path, *_ADMINISTRATORS_PATH)))
 
 
 def failed(

@@ -16,10 +16,18 @@ async def probe_setfacl(trial: Trial) -> Fact:
         if trial.find(program) is None:
             evidence = f"no program {program}"
             return fact_of(Capability.SETFACL, Verdict.MISSING, evidence=evidence, remedy=_REMEDY)
+    try:
+        return await _set_and_read_back(trial)
+    except OSError as error:
+        evidence = f"nothing can be made in {trial.run_dir}: {error}"
+        return fact_of(Capability.SETFACL, Verdict.UNUSABLE, evidence=evidence, remedy=_REMEDY)
+
+
+async def _set_and_read_back(trial: Trial) -> Fact:
     # Our own uid: in a user namespace no other can be named.
     entry = f"user:{trial.uid}:rw-"
     deadline = trial.begin()
-    with trial.scratch() as scratch:
+    with trial.scratch(within=trial.run_dir) as scratch:
         file = scratch / "acl"
         file.touch(mode=0o600)
         set_it = await trial.run(["setfacl", "-m", entry, "--", file], deadline=deadline)
