@@ -1,0 +1,163 @@
+/*
+ * An interface's addresses, over rtnetlink (runs in a child): what was there goes, what is asked for
+ * comes, the interface goes up, and a default route is set where a gateway is named.
+ */
+#include "agent.h"
+
+#include <linux/if_addr.h>
+#include <linux/netlink.h>
+#include <linux/rtnetlink.h>
+#include <net/if.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+struct message {
+    struct nlmsghdr header;
+    union {
+        struct ifaddrmsg address;
+        struct rtmsg route;
+        struct ifinfomsg link;
+        unsigned char bytes[256];
+    } body;
+};
+
+static int netlink;
+static const char *device;
+
+static void prepare(struct message *m, int type, int flags, size_t body)
+{
+    memset(m, 0, sizeof *m);
+    m->header.nlmsg_type = (uint16_t)type;
+    m->header.nlmsg_flags = (uint16_t)(NLM_F_REQUEST | NLM_F_ACK | flags);
+    m->header.nlmsg_len = (uint32_t)NLMSG_LENGTH(body);
+}
+
+static void attach(struct message *m, int type, const void *data, size_t length)
+{
+    struct rtattr *attribute = (void *)((unsigned char *)m + NLMSG_ALIGN(m->header.nlmsg_len));
+    attribute->rta_type = (uint16_t)type;
+    attribute->rta_len = (uint16_t)RTA_LENGTH(length);
+    memcpy(RTA_DATA(attribute), data, length);
+    m->header.nlmsg_len = (uint32_t)(NLMSG_ALIGN(m->header.nlmsg_len) + RTA_ALIGN(attribute->rta_len));
+}
+
+static void ask(struct message *m, int tolerated)
+{
+    struct {
+        struct nlmsghdr header;
+        struct nlmsgerr error;
+        unsigned char more[512];
+    } answer;
+    if (send(netlink, m, m->header.nlmsg_len, 0) < 0 || recv(netlink, &answer, sizeof answer, 0) < 0)
+        transfer_fail(errno, device);
+    if (answer.header.nlmsg_type == NLMSG_ERROR && answer.error.error && -answer.error.error != tolerated)
+        transfer_fail(-answer.error.error, device);
+}
+
+/* Link-local IPv6 stays: the kernel made it, and neighbour discovery needs it. */
+static size_t collect(unsigned int index, struct message *found, size_t room)
+{
+    static unsigned char dump[65536];
+    struct message m;
+    size_t count = 0;
+    prepare(&m, RTM_GETADDR, NLM_F_DUMP, sizeof m.body.address);
+    if (send(netlink, &m, m.header.nlmsg_len, 0) < 0)
+        transfer_fail(errno, device);
+    for (;;) {
+        ssize_t got = recv(netlink, dump, sizeof dump, 0);
+        if (got < 0)
+            transfer_fail(errno, device);
+        size_t left = (size_t)got;
+        for (struct nlmsghdr *h = (void *)dump; NLMSG_OK(h, left); h = NLMSG_NEXT(h, left)) {
+            if (h->nlmsg_type == NLMSG_DONE || h->nlmsg_type == NLMSG_ERROR)
+                return count;
+            struct ifaddrmsg *address = NLMSG_DATA(h);
+            if (address->ifa_index != index || address->ifa_scope == RT_SCOPE_LINK || count == room)
+                continue;
+            prepare(&found[count], RTM_DELADDR, 0, sizeof *address);
+            found[count].body.address = *address;
+            size_t rest = IFA_PAYLOAD(h);
+            for (struct rtattr *a = IFA_RTA(address); RTA_OK(a, rest); a = RTA_NEXT(a, rest))
+                if ((a->rta_type == IFA_LOCAL || a->rta_type == IFA_ADDRESS) && RTA_PAYLOAD(a) <= 16)
+                    attach(&found[count], a->rta_type, RTA_DATA(a), RTA_PAYLOAD(a));
+            count++;
+        }
+    }
+}
+
+static void remove_addresses(unsigned int index)
+{
+    static struct message found[64];
+    size_t count = collect(index, found, sizeof found / sizeof *found);
+    for (size_t i = 0; i < count; i++)
+        ask(&found[i], EADDRNOTAVAIL); /* a secondary address goes with its primary */
+}
+
+/* 4 or 16 bytes; 0 where there is none. */
+static size_t read_address(struct reader *r, unsigned char bytes[16])
+{
+    uint8_t length = read_u8(r);
+    if (length != 0 && length != 4 && length != 16)
+        r->bad = true;
+    for (uint8_t i = 0; !r->bad && i < length; i++)
+        bytes[i] = read_u8(r);
+    return r->bad ? 0 : length;
+}
+
+static void add_address(unsigned int index, const unsigned char *bytes, size_t length, uint8_t prefix)
+{
+    struct message m;
+    prepare(&m, RTM_NEWADDR, NLM_F_CREATE | NLM_F_REPLACE, sizeof m.body.address);
+    m.body.address.ifa_family = length == 4 ? AF_INET : AF_INET6;
+    m.body.address.ifa_prefixlen = prefix;
+    m.body.address.ifa_index = index;
+    m.body.address.ifa_flags = length == 16 ? IFA_F_NODAD : 0; /* ours alone: no second of waiting */
+    attach(&m, IFA_LOCAL, bytes, length);
+    attach(&m, IFA_ADDRESS, bytes, length);
+    ask(&m, 0);
+}
+
+static void raise_interface(unsigned int index)
+{
+    struct message m;
+    prepare(&m, RTM_NEWLINK, 0, sizeof m.body.link);
+    m.body.link.ifi_index = (int)index;
+    m.body.link.ifi_flags = m.body.link.ifi_change = IFF_UP;
+    ask(&m, 0);
+}
+
+static void add_default_route(unsigned int index, const unsigned char *gateway, size_t length)
+{
+    struct message m;
+    prepare(&m, RTM_NEWROUTE, NLM_F_CREATE | NLM_F_REPLACE, sizeof m.body.route);
+    m.body.route.rtm_family = length == 4 ? AF_INET : AF_INET6;
+    m.body.route.rtm_table = RT_TABLE_MAIN;
+    m.body.route.rtm_protocol = RTPROT_STATIC;
+    m.body.route.rtm_type = RTN_UNICAST;
+    attach(&m, RTA_GATEWAY, gateway, length);
+    attach(&m, RTA_OIF, &index, sizeof index);
+    ask(&m, 0);
+}
+
+/* After the interface's name: u8 count, then as often (address, u8 prefix length); then the gateway. */
+void machine_set_addresses(const char *interface, struct reader *r)
+{
+    unsigned char bytes[16], gateway[16];
+    device = interface;
+    unsigned int index = if_nametoindex(interface);
+    netlink = socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, NETLINK_ROUTE);
+    if (index == 0 || netlink < 0)
+        transfer_fail(index == 0 ? ENODEV : errno, interface);
+    remove_addresses(index);
+    for (uint8_t left = read_u8(r); left > 0 && !r->bad; left--) {
+        size_t length = read_address(r, bytes);
+        uint8_t prefix = read_u8(r);
+        if (r->bad || length == 0)
+            transfer_fail(EINVAL, interface);
+        add_address(index, bytes, length, prefix);
+    }
+    raise_interface(index);
+    size_t length = read_address(r, gateway);
+    if (length && !r->bad)
+        add_default_route(index, gateway, length);
+}

@@ -1,0 +1,228 @@
+"""Messages: what host and agent say to each other, as values (docs/protocol.md)."""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum, IntFlag
+from ipaddress import IPv4Address, IPv4Interface, IPv6Address, IPv6Interface
+
+from pytest_vmsandbox.guest.frames import PAYLOAD_MAX, FrameType, ProtocolViolated, encode_frame
+from pytest_vmsandbox.guest.payload import PayloadReader, encode_text
+
+PROTOCOL_VERSION = 1
+TOKEN_SIZE = 16
+REQUEST_MAX = 2 * 1024 * 1024
+KEEP_MODE = 0xFFFFFFFF
+NO_LIMIT = 0xFFFFFFFFFFFFFFFF
+_LOWEST_STATUS, _HIGHEST_STATUS = -64, 255
+
+
+class ExecFlag(IntFlag):
+    """How a command is set up."""
+
+    INHERIT_ENV = 1
+    STDIN = 2
+    PTY = 4
+    MERGE = 8
+
+
+class TransferKind(IntEnum):
+    """What a child of the agent is to do."""
+
+    GET = 1
+    PUT = 2
+    TREE_GET = 3
+    TREE_PUT = 4
+    SYNC = 5
+    MACHINE_ID = 6
+    ADDRESSES = 7
+
+
+class Power(IntEnum):
+    """What becomes of the machine."""
+
+    OFF = 0
+    REBOOT = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WindowSize:
+    """A terminal's size in characters."""
+
+    rows: int = 24
+    columns: int = 80
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExecRequest:
+    """A command to run in the guest.
+
+    `env` is added to the agent's own environment, or is all there is without `inherit_env`.
+    `cwd` None is the agent's (`/`); `user` None is the agent's, else a name or number that the
+    guest's own files know. Without `stdin` it is /dev/null. With a `pty`, stdin, stdout and stderr
+    are that terminal; `merge_stderr` sends stderr where stdout goes.
+    """
+
+    argv: Sequence[str | bytes]
+    env: Mapping[str, str] = field(default_factory=dict)
+    inherit_env: bool = True
+    cwd: str | None = None
+    user: str | int | None = None
+    stdin: bool = False
+    pty: WindowSize | None = None
+    merge_stderr: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hello:
+    """Who answered: facts that the agent states about itself and its machine.
+
+    `sessions` counts the hosts that have introduced themselves since the agent started.
+    """
+
+    protocol: int
+    is_init: bool
+    sessions: int
+    agent_version: str
+    nonce: str
+    boot_id: str
+    kernel: str
+    architecture: str
+    hostname: str
+    restore_id: str
+
+
+def encode_hello(token: bytes, *, keep_processes: bool, restore_id: str) -> bytes:
+    """The host introduces itself; the agent resets, and repeats the token."""
+    payload = token + struct.pack("<I", int(keep_processes)) + encode_text(restore_id)
+    return encode_frame(FrameType.HELLO, id_=0, payload=payload)
+
+
+def parse_welcome(payload: memoryview) -> tuple[bytes, Hello]:
+    """The agent's answer: the token that it repeats, and its facts."""
+    fields = PayloadReader(payload)
+    token = fields.take(TOKEN_SIZE)
+    hello = Hello(
+        protocol=fields.u32(),
+        is_init=bool(fields.u32()),
+        sessions=fields.u32(),
+        agent_version=fields.text(at_most=64),
+        nonce=fields.text(at_most=64),
+        boot_id=fields.text(at_most=64),
+        kernel=fields.text(at_most=65),
+        architecture=fields.text(at_most=65),
+        hostname=fields.text(at_most=65),
+        restore_id=fields.text(at_most=64),
+    )
+    fields.end()
+    return token, hello
+
+
+def encode_exec(request: ExecRequest, *, window: int) -> bytes:
+    """The payload of an EXEC; raises OSError(E2BIG) where even the agent would have no room."""
+    flags = ExecFlag(0)
+    flags |= ExecFlag.INHERIT_ENV if request.inherit_env else ExecFlag(0)
+    flags |= ExecFlag.STDIN if request.stdin else ExecFlag(0)
+    flags |= ExecFlag.PTY if request.pty else ExecFlag(0)
+    flags |= ExecFlag.MERGE if request.merge_stderr else ExecFlag(0)
+    size = request.pty or WindowSize(rows=0, columns=0)
+    env = [f"{name}={value}" for name, value in request.env.items()]
+    if any(not name or "=" in name for name in request.env):
+        raise ValueError("illegal environment variable name")
+    parts = [
+        struct.pack("<BHHI", flags, size.rows, size.columns, window),
+        encode_text("" if request.user is None else str(request.user)),
+        encode_text(request.cwd or ""),
+        *_encode_list(request.argv),
+        *_encode_list(env),
+    ]
+    return b"".join(parts)
+
+
+def _encode_list(texts: Sequence[str | bytes]) -> Iterator[bytes]:
+    if len(texts) > 0xFFFF:
+        raise OSError(7, os.strerror(7))
+    yield struct.pack("<H", len(texts))
+    yield from map(encode_text, texts)
+
+
+def encode_request(type_: FrameType, *, id_: int, payload: bytes) -> bytes:
+    """A request in as many frames as it needs: MORE, MORE, ..., and the one that says what it is."""
+    if len(payload) > REQUEST_MAX:
+        raise OSError(7, os.strerror(7))
+    frames = []
+    while len(payload) > PAYLOAD_MAX:
+        frames.append(encode_frame(FrameType.MORE, id_=id_, payload=payload[:PAYLOAD_MAX]))
+        payload = payload[PAYLOAD_MAX:]
+    return b"".join((*frames, encode_frame(type_, id_=id_, payload=payload)))
+
+
+def encode_transfer(  # noqa: PLR0913 - the fields of one message
+    kind: TransferKind,
+    *,
+    window: int,
+    path: str = "",
+    position: int = 0,
+    limit: int = 0,
+    mode: int = 0,
+    owner: str = "",
+    more: bytes = b"",
+) -> bytes:
+    """The payload of a TRANSFER; `position` is the offset of a GET and the size of a PUT."""
+    return b"".join(
+        (
+            struct.pack("<IB", window, kind),
+            encode_text(os.fsencode(path)),
+            struct.pack("<QQI", position, limit, mode),
+            encode_text(owner),
+            more,
+        )
+    )
+
+
+def encode_addresses(
+    addresses: Sequence[IPv4Interface | IPv6Interface], gateway: IPv4Address | IPv6Address | None
+) -> bytes:
+    """The part of an ADDRESSES transfer behind the interface's name."""
+    parts = [bytes((len(addresses),))]
+    for address in addresses:
+        packed = address.ip.packed
+        parts.append(bytes((len(packed),)) + packed + bytes((address.network.prefixlen,)))
+    packed = gateway.packed if gateway else b""
+    return b"".join((*parts, bytes((len(packed),)), packed))
+
+
+def parse_failure(payload: memoryview) -> OSError:
+    """What the guest's kernel said, as the OSError that it would be here."""
+    fields = PayloadReader(payload)
+    number, where = fields.u32(), fields.text()
+    fields.end()
+    return guest_error(number, where)
+
+
+def guest_error(number: int, where: str) -> OSError:
+    """The OSError of the right subclass (FileNotFoundError, ...) for an errno of the guest."""
+    if not 0 < number < 4096:  # noqa: PLR2004 - MAX_ERRNO of Linux
+        raise ProtocolViolated(f"errno {number}")
+    return OSError(number, os.strerror(number), where)
+
+
+def parse_status(payload: memoryview) -> int:
+    """The exit status, or the negative number of the signal."""
+    fields = PayloadReader(payload)
+    status = fields.i32()
+    fields.end()
+    if not _LOWEST_STATUS <= status <= _HIGHEST_STATUS:
+        raise ProtocolViolated(f"exit status {status}")
+    return status
+
+
+def parse_number(payload: memoryview) -> int:
+    """A payload that is one unsigned number."""
+    fields = PayloadReader(payload)
+    number = fields.u32()
+    fields.end()
+    return number
