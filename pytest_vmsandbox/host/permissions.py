@@ -181,7 +181,7 @@ async def get_acl(path: AnyPath) -> dict[str, str] | None:
     Default entries keep their prefix (``default:user::``). The letters are those of the entry,
     not yet limited by the mask. None when the ACL can't be read.
     """
-    seen = await _outcome(["getfacl", "-p", "--", _operand(path)])
+    seen = await _outcome(["getfacl", "-p", "--", _operand(path)], deadline_s=_COMMAND_DEADLINE_S)
     return parse_acl(seen.text) if seen.ok else None
 
 
@@ -372,10 +372,10 @@ async def _probe(argv: Sequence[str]) -> bool:
 
 
 async def _run(argv: Sequence[str]) -> bool:
-    return (await _outcome(argv)).ok
+    return (await _outcome(argv, deadline_s=_COMMAND_DEADLINE_S)).ok
 
 
-async def _outcome(argv: Sequence[str], *, deadline_s: float = _COMMAND_DEADLINE_S) -> Outcome:
+async def _outcome(argv: Sequence[str], *, deadline_s: float) -> Outcome:
     outcome = await run_program(argv, deadline_s=deadline_s)
     if not outcome.ok:
         logger.debug("%s", outcome)
