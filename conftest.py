@@ -1,0 +1,23 @@
+"""What all our tests and examples share."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest_plugins = ["pytester"]
+
+_MACHINE_FIXTURES = frozenset(
+    {"vm", "async_vm", "vm_factory", "async_vm_factory", "vm_module", "vm_session", "worker"}
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Declare the marks of this repository."""
+    config.addinivalue_line("markers", "machine: boots a machine (set by itself)")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark every test that boots a machine, so that `-m "not machine"` leaves it out."""
+    for item in items:
+        if not _MACHINE_FIXTURES.isdisjoint(getattr(item, "fixturenames", ())):
+            item.add_marker("machine")

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pytest_vmsandbox.errors import RequestInvalid
+from pytest_vmsandbox.vmm.qemu import MachineType, QemuConfig, render_command
+
+CONFIG = QemuConfig(
+    program="/usr/bin/qemu-system-x86_64",
+    name="vm1",
+    directory=Path("/run/vmsandbox/r1/m1"),
+    kernel=Path("/images/mini/kernel"),
+    initramfs=Path("/images/mini/initramfs"),
+    command_line=("console=ttyS0", "quiet"),
+    machine_type=MachineType.Q35,
+    accel="tcg",
+    memory_mib=128,
+    cpus=1,
+)
+
+
+def _option(command: list[str], name: str) -> list[str]:
+    return [command[place + 1] for place, word in enumerate(command) if word == name]
+
+
+def test_the_guest_waits_until_its_sockets_are_checked() -> None:
+    assert "-S" in render_command(CONFIG)
+
+
+def test_qemu_makes_every_socket_itself() -> None:
+    chardevs = _option(render_command(CONFIG), "-chardev")
+
+    assert chardevs == [
+        f"socket,id={name},path=/run/vmsandbox/r1/m1/{name}.sock,server=on,wait=off"
+        for name in ("qmp", "console", "agent")
+    ]
+
+
+def test_no_network_card_is_there_unless_asked_for() -> None:
+    command = render_command(CONFIG)
+
+    assert "-nodefaults" in command
+    assert not [word for word in command if "net" in word]
+
+
+def test_a_comma_in_a_path_is_no_option() -> None:
+    command = render_command(replace(CONFIG, directory=Path("/run/a,server=off")))
+
+    assert "path=/run/a,,server=off/qmp.sock" in _option(command, "-chardev")[0]
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\0b", "\x1b[31m"])
+def test_control_characters_are_refused(name: str) -> None:
+    with pytest.raises(RequestInvalid, match="control characters"):
+        render_command(replace(CONFIG, name=name))
+
+
+def test_image_disks_are_handed_over_read_only() -> None:
+    command = render_command(
+        replace(CONFIG, read_only_disks={"vmsandbox-mods": Path("/images/m,ods.img")})
+    )
+
+    (drive,) = _option(command, "-drive")
+    assert "file=/images/m,,ods.img" in drive
+    assert "readonly=on" in drive
+
+
+def test_seccomp_denies_what_a_vmm_never_needs() -> None:
+    (sandbox,) = _option(render_command(CONFIG), "-sandbox")
+
+    assert sandbox == "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+
+
+def test_a_microvm_has_no_pci_devices() -> None:
+    command = render_command(replace(CONFIG, machine_type=MachineType.MICROVM))
+
+    assert not [word for word in command if "-pci" in word]
