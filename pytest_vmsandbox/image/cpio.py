@@ -51,7 +51,7 @@ def write_archive(entries: Iterable[Entry], out: BinaryIO) -> None:
     Parents must come before what is in them, or the kernel drops the children in silence;
     that, and a name twice, is a ValueError.
     """
-    seen = {"."}
+    seen: set[str] = set()
     for inode, entry in enumerate(entries, start=1):
         _check_place(entry.name, seen)
         seen.add(entry.name)
@@ -64,7 +64,8 @@ def _check_place(name: str, seen: set[str]) -> None:
         raise ValueError(f"{name!r} is in the archive already")
     if name.startswith("/") or "\0" in name or "" in name.split("/") or ".." in name.split("/"):
         raise ValueError(f"{name!r} is no name in an archive: relative, no '..', no empty part")
-    if (parent := name.rpartition("/")[0] or ".") not in seen:
+    parent, slash, _ = name.rpartition("/")
+    if slash and parent not in seen:
         raise ValueError(f"{name!r} comes before its parent {parent!r}")
 
 

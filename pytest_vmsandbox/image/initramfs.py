@@ -41,6 +41,8 @@ class RootFiles:
 
 def plan_entries(wanted: RootFiles) -> Iterator[cpio.Entry]:
     """The archive's entries, parents first. The agent is /init."""
+    # The kernel's own root directory is open to all, as /tmp is.
+    yield cpio.directory(".")
     yield from (cpio.directory(name) for name in _DIRECTORIES)
     yield cpio.directory("root", permissions=0o700)
     yield cpio.directory("tmp", permissions=0o1777)
