@@ -67,7 +67,9 @@ setfacl -m "$1" /dev/kvm
 _CLOSE_KVM = """\
 set -eu
 ! command -v udevadm >/dev/null || udevadm control --reload-rules 2>/dev/null || true
-[ ! -e /dev/kvm ] || setfacl -x "$1" /dev/kvm
+[ -e /dev/kvm ] || exit 0
+setfacl -x "$1" /dev/kvm
+getfacl -cp /dev/kvm | grep -Eq '^(user|group):[^:]' || setfacl -b /dev/kvm
 """
 
 

@@ -1,0 +1,184 @@
+"""What this host can do, it is found to do; what its kernel or file systems refuse, it is not."""
+
+# ruff: noqa: ASYNC240 -- nothing else runs in the loop of a test
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pytest_vmsandbox.host.facts import Capability, Tier, Verdict
+from pytest_vmsandbox.host.probes.image_builder import probe_image_builder
+from pytest_vmsandbox.host.probes.qemu import parse_build, probe_qemu
+from pytest_vmsandbox.host.probes.setfacl import probe_setfacl
+from pytest_vmsandbox.host.probes.within import parse_report, probe_within
+from pytest_vmsandbox.host.trial import Trial
+
+as_root = pytest.mark.skipif(os.getuid() != 0, reason="takes root")
+
+
+@pytest.mark.asyncio
+async def test_a_qemu_tells_what_it_was_built_with(trial: Trial) -> None:
+    if trial.find(trial.platform.qemu_program) is None:
+        pytest.skip("takes QEMU")
+
+    fact, build = await probe_qemu(trial)
+
+    assert fact.present
+    assert build is not None
+    assert "tcg" in build.accelerators
+    assert "accel" not in build.accelerators
+    assert build.version in fact.evidence
+    assert Path(build.path).is_absolute()
+
+
+@pytest.mark.asyncio
+async def test_a_qemu_without_seccomp_is_lived_with(trial: Trial, tmp_path: Path) -> None:
+    real = trial.find(trial.platform.qemu_program)
+    if real is None:
+        pytest.skip("takes QEMU")
+    program = tmp_path / trial.platform.qemu_program
+    program.write_text(f'#!/bin/sh\ncase "$*" in *-sandbox*) exit 1;; esac\nexec {real} "$@"\n')
+    program.chmod(0o755)
+
+    fact, build = await probe_qemu(Trial(run_dir=tmp_path, search_path=f"{tmp_path}:/bin"))
+
+    assert build is not None
+    assert not build.sandbox
+    assert "no seccomp" in fact.evidence
+
+
+@pytest.mark.parametrize("printed", [b"", b"{}", b"[]", b'{"QMP": {}}\n{"return": {}}', b"\xff"])
+def test_answers_that_are_no_qemus_are_refused(printed: bytes) -> None:
+    with pytest.raises(ValueError):  # noqa: PT011 -- json's own is one too
+        parse_build(printed, program=Path("/q"), sandbox=True)
+
+
+@pytest.mark.asyncio
+async def test_an_entry_sticks_on_a_file_system_with_acls(trial: Trial) -> None:
+    if trial.find("setfacl") is None:
+        pytest.skip("takes setfacl")
+
+    assert (await probe_setfacl(trial)).present
+
+
+@pytest.mark.asyncio
+async def test_no_entry_sticks_on_a_file_system_without_acls(without_acls: Path) -> None:
+    trial = Trial(run_dir=without_acls, search_path=os.defpath)
+
+    fact = await probe_setfacl(trial)
+
+    assert fact.code == "VMS-SETFACL-UNUSABLE"
+    assert "not supported" in fact.evidence
+
+
+@pytest.mark.asyncio
+async def test_a_run_directory_that_cannot_be_written_has_no_acls(tmp_path: Path) -> None:
+    trial = Trial(run_dir=tmp_path / "not there", search_path=os.defpath)
+
+    fact = await probe_setfacl(trial)
+
+    assert not fact.present
+    assert "not there" in fact.evidence
+
+
+@pytest.mark.asyncio
+async def test_images_can_be_built_where_apt_knows_sources(trial: Trial) -> None:
+    if any(trial.find(program) is None for program in ("apt-get", "dpkg-deb", "mke2fs")):
+        pytest.skip("takes apt-get, dpkg-deb and mke2fs")
+
+    fact = await probe_image_builder(trial)
+
+    assert fact.present, fact.evidence
+
+
+@as_root
+@pytest.mark.asyncio
+@pytest.mark.parametrize("tier", [Tier.ROOT, Tier.USERNS])
+@pytest.mark.parametrize("capability", [Capability.JAIL, Capability.BRIDGE, Capability.TAP])
+async def test_walls_and_wires_are_made_and_nothing_of_them_stays(
+    capability: Capability, tier: Tier, trial: Trial
+) -> None:
+    mounts = Path("/proc/self/mountinfo").read_text()
+    links = set(Path("/sys/class/net").iterdir())
+
+    fact = await probe_within(trial, capability, tier=tier, remedy="none")
+
+    assert fact.present or fact.verdict in (Verdict.MISSING, Verdict.DENIED), fact.evidence
+    assert fact.tier is tier
+    assert Path("/proc/self/mountinfo").read_text() == mounts
+    assert set(Path("/sys/class/net").iterdir()) == links
+
+
+@as_root
+@pytest.mark.asyncio
+async def test_no_control_group_stays_behind(trial: Trial) -> None:
+    await probe_within(trial, Capability.CGROUPS, tier=Tier.ROOT, remedy="none")
+
+    assert not list(Path("/sys/fs/cgroup").rglob("vmsandbox-probe-*"))
+
+
+PROBE_WITHIN_LIMITS = """
+import asyncio, json, sys
+from pathlib import Path
+from pytest_vmsandbox.host.facts import Capability, Tier
+from pytest_vmsandbox.host.probes.user_namespaces import probe_user_namespaces
+from pytest_vmsandbox.host.probes.within import probe_within
+from pytest_vmsandbox.host.trial import start_trial
+trial = start_trial(run_dir=Path("/tmp"))
+if sys.argv[1] == "user_namespaces":
+    fact = asyncio.run(probe_user_namespaces(trial))
+else:
+    fact = asyncio.run(probe_within(trial, Capability(sys.argv[1]), tier=Tier.ROOT, remedy="x"))
+print(json.dumps([fact.present, fact.code, fact.evidence, fact.remedy]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("limit", "capability", "code"),
+    [
+        ("max_user_namespaces", "user_namespaces", "VMS-USER-NAMESPACES-UNUSABLE"),
+        ("max_mnt_namespaces", "user_namespaces", "VMS-USER-NAMESPACES-UNUSABLE"),
+        ("max_mnt_namespaces", "jail", "VMS-JAIL-UNUSABLE"),
+        ("max_pid_namespaces", "jail", "VMS-JAIL-UNUSABLE"),
+        ("max_net_namespaces", "bridge", "VMS-BRIDGE-UNUSABLE"),
+        ("max_net_namespaces", "tap", "VMS-TAP-UNUSABLE"),
+    ],
+)
+def test_a_limit_of_no_namespaces_is_felt(limit: str, capability: str, code: str) -> None:
+    # The limit is set in a user namespace of this test's own (namespaces(7)), not on the host.
+    inside = f'echo 0 >/proc/sys/user/{limit} && exec "$0" -c "$1" "$2"'
+    done = subprocess.run(
+        [
+            *("unshare", "--user", "--map-root-user", "sh", "-c", inside),
+            *(sys.executable, PROBE_WITHIN_LIMITS, capability),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    if done.returncode:
+        pytest.skip(f"takes user namespaces: {done.stderr.strip()[-200:]}")
+
+    present, found_code, evidence, remedy = json.loads(done.stdout)
+
+    assert not present
+    assert found_code == code
+    assert "No space left on device" in evidence  # ENOSPC is what unshare(2) says
+    if limit == "max_user_namespaces":
+        assert remedy == "sudo sysctl -w user.max_user_namespaces=15000"
+
+
+@pytest.mark.parametrize(
+    "printed", [b"", b"nonsense", b"[]", b'{"verdict": "fine", "evidence": ""}', b'{"verdict": 1}']
+)
+def test_a_report_that_is_none_proves_nothing(printed: bytes) -> None:
+    verdict, _ = parse_report(printed)
+
+    assert verdict is Verdict.UNUSABLE

@@ -1,0 +1,189 @@
+"""Programs that are missing, hang, fail or print nonsense: never present, never late."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from pytest_vmsandbox.host.facts import Capability, Fact, Tier, Verdict, fact_of
+from pytest_vmsandbox.host.probes.image_builder import probe_image_builder
+from pytest_vmsandbox.host.probes.kvm import probe_kvm
+from pytest_vmsandbox.host.probes.nat import probe_nat
+from pytest_vmsandbox.host.probes.qemu import probe_qemu
+from pytest_vmsandbox.host.probes.qemu_vm_user import probe_qemu_vm_user
+from pytest_vmsandbox.host.probes.setfacl import probe_setfacl
+from pytest_vmsandbox.host.probes.sudo import probe_sudo, probe_sudo_qemu_vm
+from pytest_vmsandbox.host.trial import Trial
+
+if TYPE_CHECKING:
+    from tests.host.conftest import Stubs
+
+pytestmark = pytest.mark.asyncio
+
+QEMU = "qemu-system-x86_64"
+USER_IS_THERE = fact_of(Capability.QEMU_VM_USER, Verdict.OK, evidence="qemu-vm is uid 4242")
+
+
+async def qemu(trial: Trial) -> Fact:
+    fact, build = await probe_qemu(trial)
+    assert build is None
+    return fact
+
+
+async def kvm(trial: Trial) -> Fact:
+    return await probe_kvm(trial, qemu=trial.find(QEMU))
+
+
+async def nat(trial: Trial) -> Fact:
+    return await probe_nat(trial, tier=Tier.USERNS)
+
+
+async def sudo_qemu_vm(trial: Trial) -> Fact:
+    return await probe_sudo_qemu_vm(trial, user=USER_IS_THERE)
+
+
+Probe = Callable[[Trial], Coroutine[object, object, Fact]]
+
+# The probe, and the programs that it runs, the one that misbehaves first.
+PROBES: list[tuple[Probe, tuple[str, ...]]] = [
+    (qemu, (QEMU,)),
+    (kvm, (QEMU,)),
+    (probe_sudo, ("sudo",)),
+    (sudo_qemu_vm, ("sudo",)),
+    (probe_qemu_vm_user, ("id",)),
+    (probe_setfacl, ("setfacl", "getfacl")),
+    (probe_setfacl, ("getfacl", "setfacl")),
+    (probe_image_builder, ("apt-get", "dpkg-deb", "mke2fs")),
+    (probe_image_builder, ("dpkg-deb", "apt-get", "mke2fs")),
+    (probe_image_builder, ("mke2fs", "apt-get", "dpkg-deb")),
+]
+each_probe = pytest.mark.parametrize(
+    ("probe", "programs"), PROBES, ids=[f"{probe.__name__}-{names[0]}" for probe, names in PROBES]
+)
+
+
+@each_probe
+async def test_without_its_program_it_is_absent_and_says_which(
+    probe: Probe, programs: tuple[str, ...], stub_trial: Trial, stubs: Stubs
+) -> None:
+    for other in programs[1:]:
+        stubs.put(other)
+
+    fact = await probe(stub_trial)
+
+    assert not fact.present
+    assert programs[0] in fact.evidence
+    assert fact.remedy
+    assert fact.verdict in (Verdict.MISSING, Verdict.UNUSABLE)
+
+
+@each_probe
+async def test_a_program_that_hangs_is_ended_in_time(
+    probe: Probe, programs: tuple[str, ...], stub_trial: Trial, stubs: Stubs, hangs: str
+) -> None:
+    for other in programs[1:]:
+        stubs.put(other, "echo something")
+    stubs.put(programs[0], hangs)
+    began = time.monotonic()
+
+    fact = await probe(stub_trial)
+
+    assert not fact.present
+    assert fact.verdict is Verdict.TIMEOUT
+    assert time.monotonic() - began < 10 * stub_trial.deadline_s
+
+
+@each_probe
+async def test_a_program_that_fails_makes_it_absent(
+    probe: Probe, programs: tuple[str, ...], stub_trial: Trial, stubs: Stubs
+) -> None:
+    for other in programs[1:]:
+        stubs.put(other, "echo something")
+    stubs.put(programs[0], "echo 'it is all broken' >&2; exit 3")
+
+    fact = await probe(stub_trial)
+
+    assert not fact.present
+    assert "it is all broken" in fact.evidence or "exit 3" in fact.evidence
+
+
+@each_probe
+async def test_a_program_that_prints_nonsense_and_succeeds_makes_it_absent(
+    probe: Probe, programs: tuple[str, ...], stub_trial: Trial, stubs: Stubs
+) -> None:
+    for other in programs[1:]:
+        stubs.put(other, "echo something")
+    stubs.put(programs[0], r"printf 'nonsense \377\000 {\"QMP\": 1}\n'")
+
+    fact = await probe(stub_trial)
+
+    assert not fact.present
+    assert fact.verdict is Verdict.UNUSABLE
+
+
+async def test_an_nft_that_hangs_is_ended_with_the_probe(
+    stub_trial: Trial, stubs: Stubs, hangs: str
+) -> None:
+    stubs.put("nft", hangs)
+
+    fact = await nat(stub_trial)
+
+    assert not fact.present
+
+
+async def test_an_nft_that_lists_nothing_is_unusable(trial: Trial, stubs: Stubs) -> None:
+    stubs.put("nft", "exit 0")
+    with_stub = Trial(run_dir=trial.run_dir, search_path=f"{stubs.directory}:{trial.search_path}")
+
+    fact = await probe_nat(with_stub, tier=Tier.USERNS)
+
+    assert fact.code == "VMS-NAT-UNUSABLE"
+    assert "does not list it" in fact.evidence
+
+
+async def test_without_nft_nat_is_missing(stub_trial: Trial) -> None:
+    patient = Trial(run_dir=stub_trial.run_dir, search_path=stub_trial.search_path)
+
+    fact = await nat(patient)
+
+    assert fact.code == "VMS-NAT-MISSING"
+
+
+async def test_a_sudo_that_makes_us_somebody_else_is_not_the_one_we_need(
+    stubs: Stubs, tmp_path: Path
+) -> None:
+    stubs.put("sudo", "echo 65534")
+    trial = Trial(run_dir=tmp_path, search_path=str(stubs.directory))
+
+    assert (await probe_sudo(trial)).code == "VMS-SUDO-UNUSABLE"
+    assert (await sudo_qemu_vm(trial)).code == "VMS-SUDO-QEMU-VM-UNUSABLE"
+
+
+async def test_sudo_can_never_prompt(stubs: Stubs, tmp_path: Path) -> None:
+    stubs.put("sudo", "(exec </dev/tty) 2>/dev/null && echo a terminal; cat; env; exit 1")
+    trial = Trial(run_dir=tmp_path, search_path=f"{stubs.directory}:/usr/bin:/bin")
+
+    fact = await probe_sudo(trial)
+
+    assert not fact.present
+    (arguments,) = stubs.calls("sudo")
+    assert arguments[:2] == ["-n", "--"]
+    outcome = await trial.run(["sudo", "x"])
+    assert "a terminal" not in outcome.text
+    assert "SUDO_ASKPASS" not in outcome.text
+
+
+async def test_sudo_to_a_user_who_is_not_there_is_not_tried(
+    stub_trial: Trial, stubs: Stubs
+) -> None:
+    stubs.put("sudo")
+    nobody = fact_of(Capability.QEMU_VM_USER, Verdict.MISSING, evidence="none", remedy="make it")
+
+    fact = await probe_sudo_qemu_vm(stub_trial, user=nobody)
+
+    assert fact.code == "VMS-SUDO-QEMU-VM-MISSING"
+    assert stubs.calls("sudo") == []
