@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from pytest_vmsandbox.guest.process import GuestProcess
 from pytest_vmsandbox.guest.streams import ReadStream, WriteStream
 from pytest_vmsandbox.machine.engine import Engine
-from pytest_vmsandbox.machine.process import wait_for
+from pytest_vmsandbox.machine.process import close, wait_for
 
 CHUNK = 64 * 1024
 
@@ -39,7 +39,7 @@ class AsyncReader:
 
     async def close(self) -> None:
         """Read no more: a command that still prints gets SIGPIPE."""
-        await self._engine.bridge(self._stream.close())
+        await self._engine.bridge(close(self._stream))
 
     def _decoded(self, data: bytes) -> str | bytes:
         if self._decoder is None:

@@ -11,7 +11,8 @@ from typing import Any, Generic, TypeVar
 from pytest_vmsandbox.deadline import Deadline
 from pytest_vmsandbox.errors import CommandFailed, RequestInvalid, TimedOut, VmSandboxError
 from pytest_vmsandbox.guest.channel import Channel
-from pytest_vmsandbox.guest.process import ExecRequest, GuestProcess
+from pytest_vmsandbox.guest.messages import ExecRequest
+from pytest_vmsandbox.guest.process import GuestProcess
 from pytest_vmsandbox.guest.streams import ReadStream, WriteStream
 
 Text = TypeVar("Text", str, bytes)
@@ -95,7 +96,7 @@ async def run_command(
     been killed.
     """
     stdout, stderr = bytearray(), bytearray()
-    shown = " ".join(request.argv)
+    shown = " ".join(map(str, request.argv))
     try:
         async with asyncio.timeout(deadline.timeout_s):
             process = await channel.spawn(request)

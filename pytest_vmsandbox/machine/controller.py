@@ -26,7 +26,8 @@ from pytest_vmsandbox.errors import (
     TimedOut,
 )
 from pytest_vmsandbox.guest.channel import Channel
-from pytest_vmsandbox.guest.process import ExecRequest, GuestProcess, WindowSize
+from pytest_vmsandbox.guest.messages import ExecRequest, WindowSize
+from pytest_vmsandbox.guest.process import GuestProcess
 from pytest_vmsandbox.machine.command import (
     Completed,
     Output,
@@ -115,7 +116,7 @@ class MachineController:
             tier=self.build.tier,
             image=self.build.image,
             image_digest=self.build.image_digest,
-            kernel=ran.channel.hello.kernel_release if ran else "",
+            kernel=ran.channel.hello.kernel if ran else "",
             vmm_version=ran.qmp.version if ran else "",
         )
 

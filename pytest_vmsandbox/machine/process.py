@@ -58,6 +58,11 @@ class Process:
         self._engine.run(self._guest.kill())
 
 
+async def close(stream: ReadStream) -> None:
+    """Close it on the engine's loop, where it lives."""
+    stream.close()
+
+
 async def wait_for(guest: GuestProcess, *, timeout: float | None) -> int:
     """The exit status of `guest`, or TimedOut after `timeout` seconds."""
     deadline = Deadline.after(seconds=timeout)
@@ -88,7 +93,7 @@ class _Source(io.RawIOBase):
 
     def close(self) -> None:
         if not self.closed:
-            self._engine.run(self._stream.close())
+            self._engine.run(close(self._stream))
         super().close()
 
 

@@ -7,7 +7,7 @@ import shlex
 import socket
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar
@@ -76,8 +76,9 @@ class PowerOn:
 
     @property
     def command(self) -> list[str]:
-        """The VMM's argv."""
-        return render_command(self.config)
+        """The VMM's argv; the guest is told its nonce, and to stay where it is if it panics."""
+        words = (*self.config.command_line, "panic=0", f"vmsandbox.nonce={self.nonce}")
+        return render_command(replace(self.config, command_line=words))
 
 
 class Running:
@@ -121,18 +122,20 @@ class Running:
 
     # What others wait for
 
-    async def unless_it_fails(self, work: asyncio.Future[T]) -> T:
-        """The result of `work`, or the machine's failure as soon as there is one."""
-        failed = asyncio.ensure_future(self._failed.wait())
+    async def unless_it_fails(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """The result of the work, or the machine's failure as soon as there is one."""
+        work = asyncio.create_task(coroutine)
+        failed = asyncio.create_task(self._failed.wait())
+        both: list[asyncio.Task[Any]] = [work, failed]
         try:
-            await asyncio.wait({work, failed}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
             if self.failure is not None and not work.done():
                 raise self.failure
             return await work
         finally:
-            for task in (failed, work):
+            for task in both:
                 task.cancel()
-            await asyncio.gather(failed, work, return_exceptions=True)
+            await asyncio.gather(*both, return_exceptions=True)
 
     async def wait_answering(self, *, deadline: Deadline) -> None:
         """Return once the agent answers: at once, but for a guest that is just rebooting."""
@@ -228,17 +231,15 @@ class Running:
     async def boot(self, *, deadline: Deadline) -> None:
         """Let the guest run and wait for its agent's hello."""
         sock = await self._connect("agent", deadline=deadline)
-        answer = asyncio.ensure_future(
-            open_channel(
-                sock, name=self.order.config.name, nonce=self.order.nonce, deadline=deadline
-            )
-        )
         await self.qmp.execute("cont", deadline=deadline)
         stall = self._spawn(self._watch_stall())
-        self._channel = await self.unless_it_fails(answer)
+        order = self.order
+        self._channel = await self.unless_it_fails(
+            open_channel(sock, name=order.config.name, nonce=order.nonce, deadline=deadline)
+        )
+        self._channel.on_lost = self._channel_lost
         stall.cancel()
         self._answering.set()
-        self._spawn(self._watch_channel())
 
     async def connect(self, *, deadline: Deadline) -> None:
         """Connect control line and console, each to the VMM that we started and no other."""
@@ -268,14 +269,12 @@ class Running:
 
     async def _connect(self, purpose: str, *, deadline: Deadline) -> socket.socket:
         return await self.unless_it_fails(
-            asyncio.ensure_future(
-                connect_machine_socket(
-                    self.order.config.socket(purpose),
-                    uid=self.process.uid,
-                    pidfd=self.process.pidfd,
-                    identity=self.process.identity,
-                    deadline=deadline,
-                )
+            connect_machine_socket(
+                self.order.config.socket(purpose),
+                uid=self.process.uid,
+                pidfd=self.process.pidfd,
+                identity=self.process.identity,
+                deadline=deadline,
             )
         )
 
@@ -290,9 +289,16 @@ class Running:
         else:
             self.fail(self.failed(VmmDied, f"the VMM ended by itself, with {returncode}"))
 
-    async def _watch_channel(self) -> None:
-        error = await self.channel.wait_lost()
-        self.fail(self.failed(ChannelLost, str(error)))
+    def _channel_lost(self, error: BaseException) -> None:
+        self._spawn(self._explain_loss(error))
+
+    async def _explain_loss(self, error: BaseException) -> None:
+        """A line that breaks is mostly a sign of something else: wait for its reason."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(REASON_S):
+                await self._failed.wait()
+        cause = error.cause if isinstance(error, ChannelLost) else str(error)
+        self.fail(self.failed(ChannelLost, cause))
 
     async def _watch_stall(self) -> None:
         seen = -1
@@ -340,7 +346,7 @@ class Running:
     async def _within(self, event: asyncio.Event, deadline: Deadline, awaited: str) -> None:
         try:
             async with asyncio.timeout(deadline.timeout_s):
-                await self.unless_it_fails(asyncio.ensure_future(event.wait()))
+                await self.unless_it_fails(event.wait())
         except TimeoutError as error:
             if isinstance(error, TimedOut):
                 raise

@@ -64,6 +64,7 @@ def render_command(config: QemuConfig) -> list[str]:
 def _render_base(config: QemuConfig) -> Iterator[str]:
     yield from ("-name", f"{_escape(config.name)},debug-threads=on")
     yield from ("-nodefaults", "-no-user-config", "-display", "none", "-S")
+    yield from ("-action", "panic=pause")
     yield from ("-machine", _machine(config))
     yield from ("-accel", _accel(config))
     yield from ("-cpu", "host" if config.accel == "kvm" else "max")

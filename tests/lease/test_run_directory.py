@@ -4,6 +4,8 @@ import os
 import stat
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,9 +25,10 @@ with open_run_directory(Path(sys.argv[1]), worker="gw1") as directory:
 
 
 @pytest.fixture
-def base(tmp_path: Path) -> Path:
+def base() -> Iterator[Path]:
     # pytest's own directories are too long for a socket's path
-    return Path(os.path.relpath(tmp_path / "b"))
+    with tempfile.TemporaryDirectory(prefix="vmsb-") as short:
+        yield Path(short) / "b"
 
 
 def _start_run(base: Path) -> tuple[subprocess.Popen[str], Path]:
@@ -33,7 +36,8 @@ def _start_run(base: Path) -> tuple[subprocess.Popen[str], Path]:
         [sys.executable, "-c", _LIVE_RUN, str(base)], stdout=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
-    return process, Path(process.stdout.readline().strip())
+    with process.stdout:
+        return process, Path(process.stdout.readline().strip())
 
 
 def test_it_is_private_and_gone_afterwards(base: Path) -> None:
