@@ -128,7 +128,8 @@ async def watch_kernel(qemu_argv: Sequence[str], *, deadline_s: float) -> Fact:
             "/bin/sh", "-c", 'exec "$@" 2>"$0"', str(complaints),
             *qemu_argv, "-serial", f"file:{console}",
         ]  # fmt: skip
-        boot = asyncio.create_task(run_program(argv, deadline_s=deadline_s))
+        # Its deadline is the second line: at ours we have looked, and end it ourselves.
+        boot = asyncio.create_task(run_program(argv, deadline_s=deadline_s + _LOOK_EVERY_S * 10))
         try:
             return await _wait_verdict(boot, console, complaints, deadline_s=deadline_s)
         finally:
@@ -187,7 +188,7 @@ def gave_up(complaints: bytes) -> bool:
 
 
 def first_complaint(text: bytes) -> str:
-    """What QEMU died of, in its own words; it warns of missing CPU features too, which is not it."""
+    """What QEMU died of, in its words; warnings of missing CPU features are not that."""
     told = [line for line in _lines(text) if "warning:" not in line]
     return told[0].strip() if told else "without a word"
 

@@ -167,7 +167,7 @@ class HostFacts:
 
     def with_fact(self, fact: Fact) -> HostFacts:
         """These facts with one of them replaced; what was chosen is not chosen again."""
-        return replace(self, facts=MappingProxyType({**self.facts, fact.capability: fact}))
+        return replace(self, facts={**self.facts, fact.capability: fact})
 
     @property
     def settled(self) -> bool:
@@ -207,7 +207,7 @@ class HostFacts:
         if set(facts) != set(Capability):
             raise ValueError("a capability is missing")
         return cls(
-            facts=MappingProxyType(facts),
+            facts=facts,
             tier=Tier(tier),
             tier_reason=tier_reason,
             accel=Accel(accel),

@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 
 from pytest_vmsandbox.host.acceleration import choose_accel, confirm_kvm, measure_time_scale
 from pytest_vmsandbox.host.facts import (
@@ -81,7 +80,7 @@ async def survey(trial: Trial) -> HostFacts:
     (machine_facts, build, time_scale), ground = await asyncio.gather(
         _survey_machines(trial), _survey_ground(trial)
     )
-    facts = MappingProxyType({fact.capability: fact for fact in (*machine_facts, *ground)})
+    facts = {fact.capability: fact for fact in (*machine_facts, *ground)}
     tier = choose_tier(facts, uid=trial.uid)
     accel = choose_accel(facts[Capability.KVM], trial.platform)
     return HostFacts(
