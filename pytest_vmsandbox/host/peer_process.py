@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+
+from pytest_vmsandbox.linux.process_identity import ProcessIdentity, ProcessStat
 
 # getsockopt(2), since Linux 6.5; the number is that of x86, arm, riscv, s390 and powerpc.
 SO_PEERPIDFD = 77
@@ -20,26 +21,6 @@ _SOL_LOCAL = 0
 _LOCAL_PEERPID = 2
 
 _INT = struct.Struct("i")
-
-
-class Identity(Protocol):
-    """One process for good: a pid alone is reused (proc_pid_stat(5), field 22)."""
-
-    @property
-    def pid(self) -> int:
-        """Its number, in our pid namespace."""
-
-    @property
-    def start_ticks(self) -> int | None:
-        """When it started, in clock ticks after boot; None where the platform does not say."""
-
-
-@dataclass(frozen=True, slots=True)
-class ProcessIdentity:
-    """An `Identity` as a value."""
-
-    pid: int
-    start_ticks: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,23 +35,8 @@ class Difference:
         return f"expected {self.what} {self.expected}, got {self.actual}"
 
 
-def identify_process(pid: int) -> ProcessIdentity:
-    """The identity of a process that can't go meanwhile: a child, or one held by a pidfd.
-
-    Raises OSError where there is no such process, or no /proc.
-    """
-    return ProcessIdentity(pid=pid, start_ticks=start_ticks_of(pid))
-
-
-def start_ticks_of(pid: int) -> int:
-    """When process `pid` started, in clock ticks after boot; raises OSError when it is gone."""
-    line = Path(f"/proc/{pid}/stat").read_bytes()
-    # The second field is the command in parentheses, and may hold blanks and parentheses.
-    return int(line.rpartition(b")")[2].split()[19])
-
-
 def find_difference_linux(
-    sock: socket.socket, *, peer_pid: int | None, identity: Identity, pidfd: int | None
+    sock: socket.socket, *, peer_pid: int | None, identity: ProcessIdentity, pidfd: int | None
 ) -> Difference | None:
     """What tells the peer of `sock` from `identity`; None when they are one and the same.
 
@@ -87,13 +53,13 @@ def find_difference_linux(
         # Where the kernel gives a handle of the peer, its pid can't be reused in between.
         if peer is not None and pid_of(peer) != identity.pid:
             return Difference("process", identity.pid, "one that has ended")
-        started = start_ticks_of(identity.pid)
+        started = ProcessStat.read(identity.pid).start_ticks
     if started != identity.start_ticks:
         return Difference("start time", identity.start_ticks, started)
     return None
 
 
-def find_difference_macos(sock: socket.socket, *, identity: Identity) -> Difference | None:
+def find_difference_macos(sock: socket.socket, *, identity: ProcessIdentity) -> Difference | None:
     """The same by the pid alone, which is all that macOS tells."""
     (pid,) = _INT.unpack(sock.getsockopt(_SOL_LOCAL, _LOCAL_PEERPID, _INT.size))
     return None if pid == identity.pid else Difference("pid", identity.pid, pid)

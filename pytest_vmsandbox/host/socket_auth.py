@@ -22,12 +22,9 @@ from typing import TypeAlias
 
 from pytest_vmsandbox.deadline import Deadline
 from pytest_vmsandbox.errors import SocketAuthError
-from pytest_vmsandbox.host.peer_process import (
-    Identity,
-    find_difference_linux,
-    find_difference_macos,
-)
+from pytest_vmsandbox.host.peer_process import find_difference_linux, find_difference_macos
 from pytest_vmsandbox.host.platform import current_platform
+from pytest_vmsandbox.linux.process_identity import ProcessIdentity
 
 # struct ucred: pid, uid, gid (unix(7)).
 _UCRED = struct.Struct("iII")
@@ -128,7 +125,7 @@ def verify_machine_peer(
     sock: socket.socket,
     *,
     uid: int,
-    identity: Identity,
+    identity: ProcessIdentity,
     pidfd: int | None,
     socket_path: str | None = None,
 ) -> None:
@@ -188,7 +185,7 @@ async def connect_and_verify(
 
 
 async def connect_machine_socket(
-    path: AnyPath, *, uid: int, pidfd: int | None, identity: Identity, deadline: Deadline
+    path: AnyPath, *, uid: int, pidfd: int | None, identity: ProcessIdentity, deadline: Deadline
 ) -> socket.socket:
     """Connect to a socket that the VMM itself makes at `path`, as soon as it listens.
 
