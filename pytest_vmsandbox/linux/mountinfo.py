@@ -53,7 +53,7 @@ class MountInfo:
         """Read one line; ValueError, with the line, for anything else."""
         try:
             return cls._parse(line)
-        except (ValueError, IndexError) as error:
+        except ValueError as error:
             raise ValueError(f"not a line of mountinfo ({error}): {line!r}") from None
 
     @classmethod
@@ -67,7 +67,7 @@ class MountInfo:
         major, minor = device.split(b":")
         root_text, root_deleted = _without_mark(_text(root))
         point_text, point_deleted = _without_mark(_text(mount_point))
-        groups = dict(_tag(tag) for tag in tags)
+        groups = dict(tag.partition(b":")[::2] for tag in tags)
         return cls(
             mount_id=int(mount_id),
             parent_id=int(parent_id),
@@ -75,10 +75,10 @@ class MountInfo:
             root=root_text,
             mount_point=point_text,
             options=_items(options),
-            shared_group=groups.get("shared"),
-            master_group=groups.get("master"),
-            propagate_from=groups.get("propagate_from"),
-            unbindable="unbindable" in groups,
+            shared_group=_group(groups, b"shared"),
+            master_group=_group(groups, b"master"),
+            propagate_from=_group(groups, b"propagate_from"),
+            unbindable=b"unbindable" in groups,
             fs_type=_text(fs_type),
             source=_text(source),
             super_options=_items(super_options),
@@ -93,8 +93,8 @@ class MountInfo:
     def is_below(self, path: PathArgument) -> bool:
         """Whether it is mounted somewhere below `path`, not at it.
 
-        Whole components are compared (`/database` is not below `/data`), no link is followed. ValueError for a relative path,
-        one with ``..``, and one with a NUL.
+        Whole components are compared (`/database` is not below `/data`), no link is followed.
+        ValueError for a relative path, one with ``..``, and one with a NUL.
         """
         above, own = _components(path), _components(self.mount_point)
         return len(own) > len(above) and own[: len(above)] == above
@@ -152,9 +152,8 @@ def _without_mark(path: str) -> tuple[str, bool]:
     return (path.removesuffix(_DELETED) or "/", True) if path.endswith(_DELETED) else (path, False)
 
 
-def _tag(field: bytes) -> tuple[str, int]:
-    name, _colon, value = field.partition(b":")
-    return name.decode("ascii"), int(value or b"0")
+def _group(tags: dict[bytes, bytes], name: bytes) -> int | None:
+    return int(tags[name]) if name in tags else None
 
 
 def _components(path: PathArgument) -> tuple[str, ...]:

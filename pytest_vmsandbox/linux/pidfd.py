@@ -46,7 +46,8 @@ def pidfd_open(pid: int, flags: int = 0) -> OwnedFd:
 def pidfd_send_signal(pidfd: int, signal: int) -> None:
     """Send `signal` to that process and no other (pidfd_send_signal(2), Linux 5.1).
 
-    ProcessLookupError once it was reaped. To a zombie it succeeds and does nothing. Signal 0 only asks whether one could be sent.
+    ProcessLookupError once it was reaped. To a zombie it succeeds and does nothing. Signal 0 only
+    asks whether one could be sent.
     """
     number = check_range(signal, lowest=0, highest=_LAST_SIGNAL, argument="signal")
     call_libc("pidfd_send_signal", check_fd(pidfd, argument="pidfd"), number, None, 0)

@@ -1,0 +1,186 @@
+"""What calls refuse before the kernel sees it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pytest_vmsandbox.linux import (
+    AtLocation,
+    CapabilitySets,
+    CloneFlags,
+    EventFD,
+    MountAttrFlags,
+    MountFlags,
+    OpenTreeFlags,
+    UmountFlags,
+    mount,
+    mount_setattr,
+    move_mount,
+    open_tree,
+    pidfd_open,
+    pidfd_send_signal,
+    pivot_root,
+    prctl,
+    prctl_raise_ambient_capabilities,
+    prctl_set_pdeathsig,
+    setns,
+    umount,
+    unshare,
+)
+from pytest_vmsandbox.linux.arguments import check_bits, check_range, encode_path
+
+# Nothing of this exists: if a refusal failed, the kernel's answer would be an OSError.
+NOWHERE = "/no such place"
+
+FLAG_CALLS: dict[str, Callable[[int], object]] = {
+    "mount": lambda bits: mount("none", NOWHERE, "tmpfs", bits),
+    "umount": lambda bits: umount(NOWHERE, bits),
+    "open_tree": lambda bits: open_tree(NOWHERE, bits),
+    "move_mount": lambda bits: move_mount(NOWHERE, NOWHERE, bits),
+    "mount_setattr": lambda bits: mount_setattr(NOWHERE, bits),
+    "mount_setattr, set": lambda bits: mount_setattr(NOWHERE, attr_set=bits),
+    "mount_setattr, clear": lambda bits: mount_setattr(NOWHERE, attr_clr=bits),
+    "mount_setattr, propagation": lambda bits: mount_setattr(NOWHERE, propagation=bits),
+    "unshare": unshare,
+    "setns": lambda bits: setns(-1, bits),
+    "prctl": prctl,
+    "ambient": prctl_raise_ambient_capabilities,
+    "ambient, one by one": lambda bits: prctl_raise_ambient_capabilities([bits]),
+    "capset": lambda bits: replace(CapabilitySets(), effective=bits).capset(),
+    "eventfd": lambda bits: EventFD(0, bits),
+    "pidfd_open": lambda bits: pidfd_open(2**31 - 1, bits),
+    "location": lambda bits: AtLocation(path=NOWHERE, flags=bits),
+}
+
+
+@pytest.mark.parametrize("call", FLAG_CALLS.values(), ids=FLAG_CALLS)
+@pytest.mark.parametrize("bits", [1 << 41, 1 << 63, 1 << 64, (1 << 40 | 1) << 32, -1, -(1 << 40)])
+def test_unknown_high_bits_are_refused_by_every_call(
+    call: Callable[[int], object], bits: int
+) -> None:
+    with pytest.raises(ValueError, match="bits that are not accepted|no such option"):
+        call(bits)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: mount("none", NOWHERE, "tmpfs", MountFlags.RDONLY | (1 << 33)),
+        lambda: umount(NOWHERE, UmountFlags.DETACH | (1 << 33)),
+        lambda: unshare(CloneFlags.NEWNS | (1 << 33)),
+        lambda: open_tree(NOWHERE, OpenTreeFlags.CLONE | (1 << 33)),
+        lambda: mount_setattr(NOWHERE, attr_set=MountAttrFlags.RDONLY | (1 << 33)),
+    ],
+)
+def test_a_high_bit_hidden_in_a_flag_of_the_right_class_is_refused(
+    call: Callable[[], object],
+) -> None:
+    with pytest.raises(ValueError, match="not accepted: 0x200000000"):
+        call()
+
+
+@pytest.mark.parametrize("bit", range(64))
+@pytest.mark.parametrize("call", [unshare, lambda bits: setns(-1, bits)])
+def test_only_namespaces_can_be_unshared_and_entered(
+    call: Callable[[int], object], bit: int
+) -> None:
+    if 1 << bit & CloneFlags.NS_FLAGS:
+        return  # those are called for real in test_namespaces
+    with pytest.raises(ValueError, match="bits that are not accepted"):
+        call(1 << bit)
+
+
+@pytest.mark.parametrize("flag", [flag for flag in MountFlags if flag & MountFlags.KERNEL_ONLY])
+def test_mount_refuses_the_flags_that_the_kernel_would_ignore(flag: MountFlags) -> None:
+    with pytest.raises(ValueError, match="mount: flags"):
+        mount("none", NOWHERE, "tmpfs", flag)
+
+
+NUL_CALLS: dict[str, Callable[[str], object]] = {
+    "source": lambda bad: mount(bad, NOWHERE, "tmpfs"),
+    "target": lambda bad: mount("none", bad, "tmpfs"),
+    "fstype": lambda bad: mount("none", NOWHERE, bad),
+    "data": lambda bad: mount("none", NOWHERE, "tmpfs", 0, bad),
+    "data ": lambda bad: mount("none", NOWHERE, "tmpfs", 0, ["size=1", bad]),
+    "target ": umount,
+    "new_root": lambda bad: pivot_root(bad, NOWHERE),
+    "put_old": lambda bad: pivot_root(NOWHERE, bad),
+    "path": open_tree,
+    "path ": lambda bad: move_mount(bad, NOWHERE),
+    "path  ": lambda bad: move_mount(NOWHERE, bad),
+    "path   ": mount_setattr,
+    "path    ": lambda bad: AtLocation(path=bad),
+    "part": lambda bad: AtLocation(path=NOWHERE).joinpath(bad),
+}
+
+
+@pytest.mark.parametrize("argument", NUL_CALLS)
+@pytest.mark.parametrize("bad", ["/tmp\0x", "\0", "/tmp\0"])
+def test_a_nul_is_refused_and_the_argument_named(argument: str, bad: str) -> None:
+    with pytest.raises(ValueError, match=f"^{argument.strip()} holds a NUL byte"):
+        NUL_CALLS[argument](bad)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: setns(2**32),
+        lambda: setns(-2),
+        lambda: pidfd_open(2**32 + 1),
+        lambda: pidfd_open(0),
+        lambda: pidfd_open(-1),
+        lambda: pidfd_send_signal(2**32, 0),
+        lambda: pidfd_send_signal(0, 65),
+        lambda: pidfd_send_signal(0, -1),
+        lambda: prctl_set_pdeathsig(65),
+        lambda: prctl_set_pdeathsig(-1),
+        lambda: prctl(1, 2**64),
+        lambda: prctl(1, 0, 0, 0, -(2**63) - 1),
+        lambda: CapabilitySets.capget(-1),
+        lambda: CapabilitySets.capget(2**32 + 1),
+        lambda: EventFD(2**32),
+        lambda: EventFD(-1),
+        lambda: AtLocation(-1, "x"),
+        lambda: AtLocation(2**32 + 1, "x"),
+    ],
+)
+def test_a_number_that_c_would_cut_is_refused(call: Callable[[], object]) -> None:
+    with pytest.raises(ValueError, match=r"-?\d+ is not in "):
+        call()
+
+
+@given(st.integers(), st.integers(min_value=0))
+def test_bits_are_accepted_exactly_when_all_of_them_are_allowed(value: int, allowed: int) -> None:
+    within = value >= 0 and value | allowed == allowed
+
+    if within:
+        assert check_bits(value, allowed=allowed, argument="flags") == value
+    else:
+        with pytest.raises(ValueError, match="^flags: "):
+            check_bits(value, allowed=allowed, argument="flags")
+
+
+def test_checked_bits_are_plain_integers() -> None:
+    bits = check_bits(MountFlags.RDONLY, allowed=MountFlags.RDONLY, argument="flags")
+
+    assert type(bits) is int
+
+
+@pytest.mark.parametrize(("value", "good"), [(0, False), (1, True), (3, True), (4, False)])
+def test_a_range_includes_both_its_ends(value: int, *, good: bool) -> None:
+    if good:
+        assert check_range(value, lowest=1, highest=3, argument="it") == value
+    else:
+        with pytest.raises(ValueError, match=r"^it: \d is not in 1\.\.3"):
+            check_range(value, lowest=1, highest=3, argument="it")
+
+
+@pytest.mark.parametrize("odd", [b"/tmp/\xff\xfe", "/tmp/\udcff\udcfe", "/tmp/é"])
+def test_paths_of_any_bytes_are_taken_as_they_are(odd: str | bytes) -> None:
+    assert encode_path(odd, argument="path") == os.fsencode(odd)
