@@ -1,7 +1,5 @@
 """Acceleration: the small guest and a real kernel, under TCG and under the KVM of this host."""
 
-# ruff: noqa: ASYNC240 -- nothing else runs in the loop of a test
-
 from __future__ import annotations
 
 import os
@@ -59,16 +57,14 @@ def kernel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if os.access(candidate, os.R_OK):
             return candidate
     folder = tmp_path_factory.mktemp("kernel")
-    for command in (
-        "apt-get download $(apt-cache depends --important linux-image-cloud-amd64"
-        " | sed -n 's/.*Depends: \\(linux-image-[0-9]\\)/\\1/p')",
-        "dpkg-deb -x linux-image-*.deb .",
-    ):
-        done = subprocess.run(
-            ["sh", "-c", command], cwd=folder, capture_output=True, timeout=120, check=False
-        )
-        if done.returncode:
-            pytest.skip(f"takes a Debian kernel from apt: {done.stderr.decode()[-200:]}")
+    newest = "apt-cache depends --important linux-image-cloud-amd64"
+    its_name = "sed -n 's/.*Depends: \\(linux-image-[0-9]\\)/\\1/p'"
+    fetch = f"apt-get download $({newest} | {its_name}) && dpkg-deb -x linux-image-*.deb ."
+    done = subprocess.run(
+        ["sh", "-c", fetch], cwd=folder, capture_output=True, timeout=120, check=False
+    )
+    if done.returncode:
+        pytest.skip(f"takes a Debian kernel from apt: {done.stderr.decode()[-200:]}")
     return next((folder / "boot").glob("vmlinuz-*"))
 
 
