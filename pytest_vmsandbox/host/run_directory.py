@@ -11,8 +11,12 @@ RUN_DIRECTORY_MARKER = ".vmsandbox-run"
 
 
 def mark_run_directory(directory: Path) -> None:
-    """Make `directory`, which must be ours, a run directory; raises OSError."""
-    directory.chmod(0o711)
+    """Make `directory`, which must be ours, a run directory that only we may write.
+
+    Raises OSError, and then it may be closed to others without being one.
+    """
+    mode = stat.S_IMODE(directory.stat().st_mode)
+    directory.chmod(mode & ~(stat.S_IWGRP | stat.S_IWOTH))
     marker = os.open(directory / RUN_DIRECTORY_MARKER, os.O_WRONLY | os.O_CREAT, 0o600)
     os.close(marker)
 

@@ -26,6 +26,17 @@ from pytest_vmsandbox.host.peer_process import find_difference_linux, find_diffe
 from pytest_vmsandbox.host.platform import current_platform
 from pytest_vmsandbox.linux.process_identity import ProcessIdentity
 
+__all__ = [
+    "PeerCredentials",
+    "SocketAuthError",
+    "connect_and_verify",
+    "connect_machine_socket",
+    "create_unix_socket",
+    "get_peer_credentials",
+    "verify_machine_peer",
+    "verify_socket_peer",
+]
+
 # struct ucred: pid, uid, gid (unix(7)).
 _UCRED = struct.Struct("iII")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pytest_vmsandbox.host import permissions
@@ -302,6 +302,7 @@ KEYS = st.builds(
 LETTERS = st.builds("".join, st.tuples(*(st.sampled_from([letter, "-"]) for letter in "rwx")))
 
 
+@settings(database=None)  # nothing is written into the checkout
 @given(
     acl=st.dictionaries(KEYS, LETTERS),
     noise=st.sampled_from(["", "# file: x", "#user:daemon:rwx", "user:rwx", "  ", "user:a:rw"]),

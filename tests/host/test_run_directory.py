@@ -137,11 +137,11 @@ def test_what_belongs_to_a_stranger_is_refused(run_directory: Path, which: str) 
 
 
 def test_a_mark_can_be_made_twice_and_closes_the_folder_to_writers(tmp_path: Path) -> None:
-    tmp_path.chmod(0o777)
+    tmp_path.chmod(0o1773)
 
     mark_run_directory(tmp_path)
     mark_run_directory(tmp_path)
 
-    assert tmp_path.stat().st_mode & 0o777 == 0o711
+    assert tmp_path.stat().st_mode & 0o7777 == 0o1751
     assert (tmp_path / RUN_DIRECTORY_MARKER).stat().st_mode & 0o777 == 0o600
     assert is_below_run_directory(tmp_path / "x")

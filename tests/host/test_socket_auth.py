@@ -843,6 +843,10 @@ async def test_a_machine_that_never_listens_is_a_timeout_that_says_what_was_seen
     assert seen in caught.value.last_seen
 
 
+def test_a_machine_is_looked_for_many_times_a_second() -> None:
+    assert 0 < socket_auth._RETRY_S <= 0.02
+
+
 async def test_a_deadline_that_has_passed_still_allows_one_try(serve: Serve) -> None:
     (await connect(serve(), seconds=0)).close()
 
