@@ -14,6 +14,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Protocol
 
@@ -36,7 +37,10 @@ def user_id(request: pytest.FixtureRequest) -> int:
         if os.geteuid() != 0:
             pytest.skip("VMS-TEST-NOT-ROOT: only root can start a child as root")
         return 0
-    return os.geteuid() or _free_user_id()
+    user_id = os.geteuid() or _free_user_id()
+    if refusal := _no_interpreter(user_id):
+        pytest.skip(f"VMS-TEST-NO-INTERPRETER: uid {user_id} can't run this Python: {refusal}")
+    return user_id
 
 
 @pytest.fixture
@@ -79,7 +83,19 @@ def enter_room() -> None:
     os.chdir("/tmp")
 
 
+@cache
+def _no_interpreter(user_id: int) -> str:
+    """Why that user can't run our interpreter, which may lie in somebody's home; or nothing."""
+    try:
+        done = _start(user_id, "")
+    except PermissionError as error:
+        return str(error)
+    return done.stderr
+
+
+@cache
 def _refusal(user_id: int) -> str:
+    """Why that user can't mount in namespaces of its own; or nothing."""
     done = _start(user_id, _call(enter_room, ()))
     return done.stderr.strip().rpartition("\n")[2] if done.returncode else ""
 
@@ -124,10 +140,13 @@ def _call(body: Callable[..., None], arguments: tuple[object, ...]) -> str:
 
 
 def _imports(body: Callable[..., None]) -> str:
-    """The imports of the body's module, but for what only the tests' own process needs."""
+    """The imports of the body's module; pytest's, which takes a while, only where it is used."""
     tree = ast.parse(inspect.getsource(inspect.getmodule(body) or body))
     nodes = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
-    ours = [node for node in nodes if _root(node) not in {"pytest", "hypothesis", "__future__"}]
+    unused = {"hypothesis", "__future__"}
+    if "pytest." not in inspect.getsource(body):
+        unused.add("pytest")
+    ours = [node for node in nodes if _root(node) not in unused]
     return "".join(f"{ast.unparse(node)}\n" for node in ours)
 
 
@@ -136,6 +155,7 @@ def _root(node: ast.Import | ast.ImportFrom) -> str:
     return name.partition(".")[0]
 
 
+@cache
 def _free_user_id() -> int:
     """A uid that nobody has and that owns no process."""
     taken = {user.pw_uid for user in pwd.getpwall()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import replace
+from typing import cast
 
 import pytest
 from hypothesis import given
@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from pytest_vmsandbox.linux import (
     AtLocation,
+    Capabilities,
     CapabilitySets,
     CloneFlags,
     EventFD,
@@ -35,6 +36,12 @@ from pytest_vmsandbox.linux import (
 )
 from pytest_vmsandbox.linux.arguments import check_bits, check_range, encode_path
 
+
+def _sets(bits: int) -> CapabilitySets:
+    # Not through Capabilities(), which reads -1 as "all".
+    return CapabilitySets(effective=cast(Capabilities, bits))
+
+
 # Nothing of this exists: if a refusal failed, the kernel's answer would be an OSError.
 NOWHERE = "/no such place"
 
@@ -52,7 +59,7 @@ FLAG_CALLS: dict[str, Callable[[int], object]] = {
     "prctl": prctl,
     "ambient": prctl_raise_ambient_capabilities,
     "ambient, one by one": lambda bits: prctl_raise_ambient_capabilities([bits]),
-    "capset": lambda bits: replace(CapabilitySets(), effective=bits).capset(),
+    "capset": lambda bits: _sets(bits).capset(),
     "eventfd": lambda bits: EventFD(0, bits),
     "pidfd_open": lambda bits: pidfd_open(2**31 - 1, bits),
     "location": lambda bits: AtLocation(path=NOWHERE, flags=bits),
@@ -64,7 +71,7 @@ FLAG_CALLS: dict[str, Callable[[int], object]] = {
 def test_unknown_high_bits_are_refused_by_every_call(
     call: Callable[[int], object], bits: int
 ) -> None:
-    with pytest.raises(ValueError, match="bits that are not accepted|no such option"):
+    with pytest.raises(ValueError, match=r"bits that are not accepted|no such option"):
         call(bits)
 
 
@@ -123,7 +130,7 @@ NUL_CALLS: dict[str, Callable[[str], object]] = {
 @pytest.mark.parametrize("argument", NUL_CALLS)
 @pytest.mark.parametrize("bad", ["/tmp\0x", "\0", "/tmp\0"])
 def test_a_nul_is_refused_and_the_argument_named(argument: str, bad: str) -> None:
-    with pytest.raises(ValueError, match=f"^{argument.strip()} holds a NUL byte"):
+    with pytest.raises(ValueError, match=rf"^{argument.strip()} holds a NUL byte"):
         NUL_CALLS[argument](bad)
 
 
@@ -162,7 +169,7 @@ def test_bits_are_accepted_exactly_when_all_of_them_are_allowed(value: int, allo
     if within:
         assert check_bits(value, allowed=allowed, argument="flags") == value
     else:
-        with pytest.raises(ValueError, match="^flags: "):
+        with pytest.raises(ValueError, match=r"^flags: "):
             check_bits(value, allowed=allowed, argument="flags")
 
 

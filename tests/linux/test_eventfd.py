@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -32,8 +33,8 @@ def in_loop(work: Coroutine[object, object, object]) -> object:
     return asyncio.run(bounded())
 
 
-def open_descriptors() -> set[str]:
-    return set(os.listdir("/proc/self/fd"))
+def open_descriptors() -> set[Path]:
+    return set(Path("/proc/self/fd").iterdir())
 
 
 def test_a_read_takes_the_whole_count(in_child: InChild) -> None:
@@ -119,11 +120,11 @@ def test_no_program_inherits_it(flags: int) -> None:
 def test_a_closed_one_refuses_every_use(counter: EventFD) -> None:
     fd = counter.fileno()
     assert repr(counter) == f"<EventFD {fd}>"
-    assert not counter.closed
+    before = counter.closed
     counter.close()
     counter.close()
 
-    assert counter.closed
+    assert (before, counter.closed) == (False, True)
     assert repr(counter) == "<EventFD closed>"
     uses: list[Callable[[], object]] = [
         counter.read,
@@ -163,12 +164,8 @@ def test_a_refused_construction_leaves_nothing(initval: int, flags: int) -> None
 def test_a_failed_construction_leaves_nothing(in_child: InChild) -> None:
     def body() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
-        try:
+        with pytest.raises(OSError, match="eventfd"):
             EventFD()
-        except OSError as error:
-            assert "eventfd" in str(error)
-        else:
-            raise AssertionError("a descriptor beyond the limit")
 
     in_child(body)
 
@@ -304,6 +301,23 @@ def test_closing_ends_the_async_reads_that_wait() -> None:
         (ValueError, "this EventFD is closed")
     ] * 2
     assert open_descriptors() == before
+
+
+def test_closing_between_the_news_and_the_read_ends_the_read_too() -> None:
+    async def work() -> list[object]:
+        counter = EventFD()
+        readers = [asyncio.create_task(counter.aread()) for _ in range(2)]
+        await asyncio.sleep(0)
+        counter.write()
+        (futures,) = counter._waiting.values()
+        futures.copy().pop().set_result(None)
+        counter.close()
+        return await asyncio.gather(*readers, return_exceptions=True)
+
+    found = in_loop(work())
+
+    assert isinstance(found, list)
+    assert [type(error) for error in found] == [ValueError, ValueError]
 
 
 def test_closing_does_not_stumble_over_a_loop_that_was_closed_while_waiting() -> None:

@@ -33,7 +33,7 @@ from pytest_vmsandbox.linux import libc as libc_module
 from pytest_vmsandbox.linux.prctl import _CAP_AMBIENT_RAISE
 
 MOUNT = ("linux/fcntl.h", "linux/mount.h")
-ENUMS: dict[type[IntFlag] | type[IntEnum], tuple[tuple[str, ...], str]] = {
+ENUMS: dict[type[IntFlag | IntEnum], tuple[tuple[str, ...], str]] = {
     AtFlags: (("linux/fcntl.h",), "AT_"),
     CloneFlags: (("linux/sched.h",), "CLONE_"),
     EventFDFlags: (("sys/eventfd.h",), "EFD_"),
@@ -98,7 +98,7 @@ def _printing_program(headers: Headers, names: list[str]) -> str:
     return f"#define _GNU_SOURCE\n{includes}int main(void) {{\n{prints}return 0;\n}}\n"
 
 
-@pytest.mark.parametrize(("headers", "name"), sorted(EXPECTED), ids=lambda value: str(value))
+@pytest.mark.parametrize(("headers", "name"), sorted(EXPECTED), ids=str)
 def test_a_constant_equals_the_one_in_the_installed_headers(
     headers: Headers, name: str, installed: dict[tuple[Headers, str], int]
 ) -> None:
@@ -111,7 +111,7 @@ def test_a_constant_equals_the_one_in_the_installed_headers(
 
 
 @pytest.mark.parametrize("enum", ENUMS)
-def test_a_short_name_means_what_its_long_one_means(enum: type[IntFlag] | type[IntEnum]) -> None:
+def test_a_short_name_means_what_its_long_one_means(enum: type[IntFlag | IntEnum]) -> None:
     _headers, prefix = ENUMS[enum]
     # MOUNT_ATTR__ATIME has two underscores in the header.
     long_names = {
@@ -129,7 +129,9 @@ def test_a_short_name_means_what_its_long_one_means(enum: type[IntFlag] | type[I
 def test_call_numbers_are_those_of_each_machines_headers(machine: str, tmp_path: Path) -> None:
     names = {name: name for name in libc_module._CALLS} | {"eventfd": "eventfd2"}
     place = libc_module._MACHINES.index(machine)
-    claims = {f"__NR_{names[name]}": call.numbers[place] for name, call in _calls().items()}
+    claims = {
+        f"__NR_{names[name]}": call.numbers[place] for name, call in libc_module._CALLS.items()
+    }
 
     assert _refuted(claims, ("asm/unistd.h",), machine=machine, room=tmp_path) == []
 
@@ -158,10 +160,6 @@ def test_the_check_against_headers_notices_a_wrong_value(tmp_path: Path) -> None
     assert refuted == ["CLONE_NEWPID"]
 
 
-def _calls() -> dict[str, libc_module._Call]:
-    return libc_module._CALLS
-
-
 def _refuted(claims: dict[str, int], headers: Headers, *, machine: str, room: Path) -> list[str]:
     """Those of `claims` that the headers in ziglang contradict; what they lack is not one."""
     if find_spec("ziglang") is None:
@@ -169,14 +167,17 @@ def _refuted(claims: dict[str, int], headers: Headers, *, machine: str, room: Pa
     source = room / "claims.c"
     includes = "".join(f"#include <{header}>\n" for header in headers)
     asserts = "".join(
-        f"#ifdef {name}\n_Static_assert((({name}) & 0x{_mask(value):x}LL) == {value & _mask(value)}LL,"
+        f"#ifdef {name}\n"
+        f"_Static_assert((({name}) & {_mask(value)}LL) == {value & _mask(value)}LL,"
         f' "refuted {name}");\n#endif\n'
         for name, value in claims.items()
     )
     source.write_text(includes + asserts, encoding="utf-8")
     done = subprocess.run(
-        [sys.executable, "-m", "ziglang", "cc", "-target", f"{machine}-linux-gnu"]
-        + ["-ferror-limit=0", "-c", "-o", room / "claims.o", source],
+        [
+            *(sys.executable, "-m", "ziglang", "cc", "-target", f"{machine}-linux-gnu"),
+            *("-ferror-limit=0", "-c", "-o", room / "claims.o", source),
+        ],
         env=os.environ | {"ZIG_GLOBAL_CACHE_DIR": str(room)},
         capture_output=True,
         text=True,

@@ -11,12 +11,34 @@ import pytest
 
 import pytest_vmsandbox.linux as room
 
-FIXED_NAMES = """
-    CloneFlags MountFlags MountAttrFlags MountSetattrFlags MoveMountFlags OpenTreeFlags UmountFlags
-    EventFDFlags PrctlOption AtFlags AtLocation mount umount mount_setattr move_mount open_tree
-    pivot_root unshare setns prctl prctl_set_pdeathsig prctl_set_child_subreaper
-    prctl_raise_ambient_capabilities call_libc CapabilitySets EventFD
-""".split()
+FIXED_NAMES = [
+    "CloneFlags",
+    "MountFlags",
+    "MountAttrFlags",
+    "MountSetattrFlags",
+    "MoveMountFlags",
+    "OpenTreeFlags",
+    "UmountFlags",
+    "EventFDFlags",
+    "PrctlOption",
+    "AtFlags",
+    "AtLocation",
+    "mount",
+    "umount",
+    "mount_setattr",
+    "move_mount",
+    "open_tree",
+    "pivot_root",
+    "unshare",
+    "setns",
+    "prctl",
+    "prctl_set_pdeathsig",
+    "prctl_set_child_subreaper",
+    "prctl_raise_ambient_capabilities",
+    "call_libc",
+    "CapabilitySets",
+    "EventFD",
+]
 
 
 def test_the_front_door_exports_what_it_imports_and_nothing_else() -> None:

@@ -21,10 +21,50 @@ flags_with_words = st.builds(
     st.sampled_from([MountFlags(0), *SPREADING]),
 )
 words = st.sampled_from(
-    "ro rw suid nosuid dev nodev exec noexec sync async remount mand nomand dirsync symfollow"
-    " nosymfollow atime noatime diratime nodiratime bind rbind move rec silent loud unbindable"
-    " private slave shared runbindable rprivate rslave rshared relatime norelatime iversion"
-    " noiversion strictatime nostrictatime lazytime nolazytime".split()
+    [
+        "ro",
+        "rw",
+        "suid",
+        "nosuid",
+        "dev",
+        "nodev",
+        "exec",
+        "noexec",
+        "sync",
+        "async",
+        "remount",
+        "mand",
+        "nomand",
+        "dirsync",
+        "symfollow",
+        "nosymfollow",
+        "atime",
+        "noatime",
+        "diratime",
+        "nodiratime",
+        "bind",
+        "rbind",
+        "move",
+        "rec",
+        "silent",
+        "loud",
+        "unbindable",
+        "private",
+        "slave",
+        "shared",
+        "runbindable",
+        "rprivate",
+        "rslave",
+        "rshared",
+        "relatime",
+        "norelatime",
+        "iversion",
+        "noiversion",
+        "strictatime",
+        "nostrictatime",
+        "lazytime",
+        "nolazytime",
+    ]
 )
 
 
@@ -114,9 +154,26 @@ def test_flags_are_said_in_the_usual_words_and_the_kernels_order(
 
 @pytest.mark.parametrize(
     "word",
-    "foo noro norw nosync nodirsync noremount nobind norbind nomove norec nosilent noshared"
-    " noprivate nonosuid RO defaults MS_RDONLY".split()
-    + [" ro", "ro ", "ro,", ",ro", "ro,,rw", "ro\n", "ro nosuid", "\0"],
+    [
+        "foo",
+        "noro",
+        "norw",
+        "nosync",
+        "nodirsync",
+        "noremount",
+        "nobind",
+        "norbind",
+        "nomove",
+        "norec",
+        "nosilent",
+        "noshared",
+        "noprivate",
+        "nonosuid",
+        "RO",
+        "defaults",
+        "MS_RDONLY",
+        *(" ro", "ro ", "ro,", ",ro", "ro,,rw", "ro\n", "ro nosuid", "\0"),
+    ],
 )
 def test_a_word_that_the_kernel_has_not_is_refused(word: str) -> None:
     with pytest.raises(ValueError, match="not a mount option of the kernel"):

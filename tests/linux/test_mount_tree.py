@@ -46,12 +46,8 @@ def test_a_copied_tree_is_attached_elsewhere(in_room: InChild) -> None:
 
         assert Path("b/sub/x").read_text() == "1"
         Path("b/sub/x").write_text("2")  # only the upper mount became read-only
-        try:
+        with pytest.raises(OSError, match="Read-only file system"):
             Path("b/y").write_text("1")
-        except OSError as error:
-            assert error.errno == errno.EROFS
-        else:
-            raise AssertionError("a read-only mount was written to")
 
     in_room(body)
 
@@ -80,15 +76,11 @@ def test_the_places_decide_whether_links_are_followed(in_room: InChild) -> None:
         for source, target in (("to_a", "b"), ("a", "to_b")):
             places = [AtLocation.of(source), AtLocation.of(target)]
             nofollow = [p.nosymfollow() if "to" in str(p) else p for p in places]
-            try:
+            with pytest.raises(OSError, match="move_mount") as caught:
                 # What the flags ask for makes no difference to the places.
-                move_mount(*nofollow, flags=every)
-            except OSError as error:
-                assert error.errno in (errno.EINVAL, errno.ENOTDIR), error
-                assert (error.filename, error.filename2) == (source, target)
-                assert "move_mount" in str(error)
-            else:
-                raise AssertionError("a link was followed")
+                move_mount(nofollow[0], nofollow[1], every)
+            assert caught.value.errno in (errno.EINVAL, errno.ENOTDIR)
+            assert (caught.value.filename, caught.value.filename2) == (source, target)
         move_mount("to_a", "to_b")
         assert [one.mount_point for one in read_mountinfo() if one.source == "it"] == ["/tmp/b"]
 
@@ -193,7 +185,10 @@ def test_ids_are_mapped_by_a_user_namespace(in_room: InChild, user_id: int) -> N
         pytest.skip("VMS-TEST-NOT-ROOT: mapping a file system's ids takes root of the host")
 
     def body() -> None:
-        holder = subprocess.Popen(["sleep", "60"], preexec_fn=lambda: unshare(CloneFlags.NEWUSER))
+        holder = subprocess.Popen(
+            ["sleep", "60"],
+            preexec_fn=lambda: unshare(CloneFlags.NEWUSER),  # noqa: PLW1509 - there are no threads
+        )
         try:
             Path(f"/proc/{holder.pid}/uid_map").write_text("0 5000 10")
             Path(f"/proc/{holder.pid}/gid_map").write_text("0 5000 10")
@@ -209,8 +204,8 @@ def test_ids_are_mapped_by_a_user_namespace(in_room: InChild, user_id: int) -> N
                     userns_fd=namespace.fileno(),
                 )
                 move_mount(AtLocation(tree), "b")
-            assert os.stat("a").st_uid == 0
-            assert os.stat("b").st_uid == 5000
+            assert Path("a").stat().st_uid == 0
+            assert Path("b").stat().st_uid == 5000
         finally:
             holder.kill()
             holder.wait()

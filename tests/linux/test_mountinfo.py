@@ -206,9 +206,9 @@ def test_places_are_compared_by_whole_components(
 def test_a_place_that_is_not_plain_is_refused(path: str) -> None:
     found = MountInfo.parse(line())
 
-    with pytest.raises(ValueError, match="^path "):
+    with pytest.raises(ValueError, match=r"^path "):
         found.is_below(path)
-    with pytest.raises(ValueError, match="^path "):
+    with pytest.raises(ValueError, match=r"^path "):
         found.is_at(path)
 
 
@@ -277,7 +277,7 @@ def test_our_own_table_is_read_whole(in_room: InChild) -> None:
         raw = Path("/proc/self/mountinfo").read_bytes()
         found = read_mountinfo()
         assert len(found) == raw.count(b"\n")
-        assert [one.mount_id for one in found] == [int(l.split()[0]) for l in raw.splitlines()]
+        assert [one.mount_id for one in found] == [int(row.split()[0]) for row in raw.splitlines()]
         (top,) = [one for one in found if one.is_at("/tmp") and one.source == ""]
         assert top.fs_type == "tmpfs"
         assert found == read_mountinfo(os.getpid())

@@ -32,7 +32,7 @@ def test_a_tmpfs_comes_with_its_options_and_goes(in_room: InChild) -> None:
         assert (found.fs_type, found.source) == ("tmpfs", "it")
         assert {"rw", "nosuid", "nodev"} <= set(found.options)
         assert "size=64k" in found.super_options
-        assert os.stat("m").st_mode & 0o777 == 0o710
+        assert Path("m").stat().st_mode & 0o777 == 0o710
 
         umount("m")
         assert not [one for one in read_mountinfo() if one.is_at("/tmp/m")]
@@ -62,12 +62,8 @@ def test_a_bind_becomes_read_only_in_a_second_step(in_room: InChild) -> None:
         mount(None, "b", None, MountFlags.fromstr("remount,bind,ro,nosuid"))
 
         assert Path("a/x").read_text() == "1"
-        try:
+        with pytest.raises(OSError, match="Read-only file system"):
             Path("b/x").write_text("2")
-        except OSError as error:
-            assert error.errno == errno.EROFS
-        else:
-            raise AssertionError("a read-only bind was written to")
 
     in_room(body)
 
@@ -75,7 +71,7 @@ def test_a_bind_becomes_read_only_in_a_second_step(in_room: InChild) -> None:
 def test_a_path_of_any_bytes_can_be_mounted_on(in_room: InChild) -> None:
     def body() -> None:
         odd = b"a b\t\\\n\xff#"
-        os.mkdir(odd)
+        Path(os.fsdecode(odd)).mkdir()
         mount("it", odd, "tmpfs")
         (found,) = [one for one in read_mountinfo() if one.is_at(b"/tmp/" + odd)]
         assert os.fsencode(found.mount_point) == b"/tmp/" + odd
@@ -142,12 +138,8 @@ def test_expiry_takes_off_what_nobody_used(in_room: InChild) -> None:
     def body() -> None:
         Path("m").mkdir()
         mount("it", "m", "tmpfs")
-        try:
+        with pytest.raises(OSError, match="Resource temporarily unavailable"):
             umount("m", UmountFlags.EXPIRE | UmountFlags.NOFOLLOW)
-        except OSError as error:
-            assert error.errno == errno.EAGAIN
-        else:
-            raise AssertionError("it was taken off the first time")
         umount("m", UmountFlags.EXPIRE)
         assert not [one for one in read_mountinfo() if one.is_at("/tmp/m")]
 
@@ -165,16 +157,11 @@ def test_a_busy_mount_stays_unless_it_is_detached(in_room: InChild) -> None:
         Path("m").mkdir()
         mount("it", "m", "tmpfs")
         with Path("m/open").open("w"):
-            try:
+            with pytest.raises(OSError, match="umount2: Device or resource busy") as caught:
                 umount("m")
-            except OSError as error:
-                assert error.errno == errno.EBUSY
-                assert error.filename == "m"
-                assert "umount2" in str(error)
-            else:
-                raise AssertionError("a busy mount was taken off")
+            assert caught.value.filename == "m"
             umount("m", UmountFlags.FORCE | UmountFlags.DETACH)
-        assert os.listdir("m") == []
+        assert list(Path("m").iterdir()) == []
 
     in_room(body)
 
@@ -184,12 +171,8 @@ def test_a_link_is_not_followed_where_that_was_asked_for(in_room: InChild) -> No
         Path("m").mkdir()
         Path("link").symlink_to("m")
         mount("it", "m", "tmpfs")
-        try:
+        with pytest.raises(OSError, match="Invalid argument"):
             umount("link", UmountFlags.NOFOLLOW | UmountFlags.DETACH)
-        except OSError as error:
-            assert error.errno == errno.EINVAL
-        else:
-            raise AssertionError("a link was followed")
         umount("link")
 
     in_room(body)
@@ -205,7 +188,7 @@ def test_the_root_is_exchanged_and_the_old_one_dropped(in_room: InChild) -> None
         umount(".", UmountFlags.DETACH)
         os.chdir("/")
 
-        assert os.listdir("/") == ["mine"]
+        assert list(Path("/").iterdir()) == [Path("/mine")]
 
     in_room(body)
 
@@ -213,14 +196,9 @@ def test_the_root_is_exchanged_and_the_old_one_dropped(in_room: InChild) -> None
 def test_a_root_that_is_no_mount_is_refused_with_both_names(in_room: InChild) -> None:
     def body() -> None:
         Path("root").mkdir()
-        try:
+        with pytest.raises(OSError, match="pivot_root: Invalid argument") as caught:
             pivot_root(b"root", Path("root"))
-        except OSError as error:
-            assert error.errno == errno.EINVAL
-            assert "pivot_root" in str(error)
-            assert (error.filename, error.filename2) == ("root", "root")
-        else:
-            raise AssertionError("a plain directory became the root")
+        assert (caught.value.filename, caught.value.filename2) == ("root", "root")
 
     in_room(body)
 
@@ -240,12 +218,15 @@ def test_an_ordinary_user_may_not_mount_where_everybody_sees_it(
         pytest.skip("VMS-TEST-ROOT: root may")
 
     def body() -> None:
-        for call in (lambda: mount("it", "/tmp", "tmpfs"), lambda: umount("/tmp")):
-            try:
+        def mount_it() -> None:
+            mount("it", "/tmp", "tmpfs")
+
+        def umount_it() -> None:
+            umount("/tmp")
+
+        for call in (mount_it, umount_it):
+            with pytest.raises(PermissionError) as caught:
                 call()
-            except PermissionError as error:
-                assert error.filename == "/tmp"
-            else:
-                raise AssertionError("an ordinary user mounted for everybody")
+            assert caught.value.filename == "/tmp"
 
     in_child(body)

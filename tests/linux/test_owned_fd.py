@@ -20,9 +20,9 @@ def test_an_owned_descriptor_is_an_int_and_ends_with_its_block(fd: OwnedFd) -> N
         assert same is fd
         assert os.read(fd, 1) == b""
         assert fd.fileno() == int(fd)
-        assert not fd.closed
+        before = fd.closed
 
-    assert fd.closed
+    assert (before, fd.closed) == (False, True)
     with pytest.raises(OSError, match="Bad file descriptor") as caught:
         os.fstat(int(fd))
     assert caught.value.errno == errno.EBADF

@@ -26,7 +26,8 @@ InChild = Callable[..., None]
 
 def test_an_option_is_set_and_read_back(in_child: InChild) -> None:
     def body() -> None:
-        prctl(PrctlOption.SET_NAME, ctypes.addressof(ctypes.create_string_buffer(b"renamed")))
+        name = ctypes.create_string_buffer(b"renamed")
+        prctl(PrctlOption.SET_NAME, ctypes.addressof(name))
         assert Path("/proc/self/comm").read_text() == "renamed\n"
         assert prctl(PrctlOption.SET_DUMPABLE, 0) == 0
         assert prctl(PrctlOption.GET_DUMPABLE) == 0
@@ -116,7 +117,7 @@ def test_a_subreaper_gets_the_orphans(in_child: InChild) -> None:
         assert not adopted()
         prctl_set_child_subreaper()
         assert adopted()
-        prctl_set_child_subreaper(False)
+        prctl_set_child_subreaper(enabled=False)
         assert not adopted()
 
     in_child(body)
@@ -127,7 +128,7 @@ def test_new_privileges_are_given_up_for_good(in_child: InChild) -> None:
         prctl_set_no_new_privs()
         assert prctl(PrctlOption.GET_NO_NEW_PRIVS) == 1
         inside = "print('NoNewPrivs:\\t1' in open('/proc/self/status').read())"
-        done = subprocess.run([sys.executable, "-c", inside], capture_output=True, text=True)
-        assert done.stdout == "True\n"
+        done = subprocess.run([sys.executable, "-c", inside], capture_output=True, check=True)
+        assert done.stdout == b"True\n"
 
     in_child(body)
