@@ -75,7 +75,7 @@ def missing_user(monkeypatch: pytest.MonkeyPatch) -> None:
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """Deadlines of a fraction of a second, for programs that hang."""
     for name in ("_PROBE_DEADLINE_S", "_COMMAND_DEADLINE_S", "_REMOVAL_DEADLINE_S"):
-        monkeypatch.setattr(permissions, name, 0.2)
+        monkeypatch.setattr(permissions, name, 0.1)
 
 
 @pytest.fixture

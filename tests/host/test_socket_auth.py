@@ -207,7 +207,9 @@ def test_a_socket_that_is_not_connected_has_no_peer() -> None:
     assert (caught.value.expected_uid, caught.value.actual_uid) == (0, 0)
     assert caught.value.context["peer_pid"] == 0
     assert caught.value.context["peer_uid"] == 0xFFFFFFFF
-    assert "not connected" in str(caught.value)
+    assert caught.value.message == (
+        "The peer has no process that we can see: not connected, or in another pid namespace"
+    )
 
 
 def test_a_tcp_socket_is_refused_with_its_family() -> None:
@@ -216,7 +218,7 @@ def test_a_tcp_socket_is_refused_with_its_family() -> None:
 
     assert (caught.value.expected_uid, caught.value.actual_uid) == (0, 0)
     assert caught.value.context["socket_family"] == socket.AF_INET
-    assert "UNIX" in caught.value.message
+    assert caught.value.message == "Not a UNIX socket: it has no peer credentials"
 
 
 def test_a_closed_socket_is_refused_with_the_reason() -> None:
@@ -228,7 +230,7 @@ def test_a_closed_socket_is_refused_with_the_reason() -> None:
 
     assert isinstance(caught.value.__cause__, OSError)
     assert (caught.value.expected_uid, caught.value.actual_uid) == (0, 0)
-    assert "Bad file descriptor" in caught.value.message
+    assert caught.value.message == "Peer credentials can't be read: [Errno 9] Bad file descriptor"
 
 
 @pytest.mark.parametrize("size", [0, 11, 13])
@@ -258,7 +260,7 @@ def test_another_platform_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) ->
 
     assert caught.value.context["platform"] == "plan9"
     assert (caught.value.expected_uid, caught.value.actual_uid) == (0, 0)
-    assert caught.value.message
+    assert caught.value.message == "Peer credentials can't be had here"
 
 
 SEEN_FROM_INSIDE = """
@@ -319,7 +321,7 @@ def test_macos_with_an_unknown_version_is_refused(recorded: Recorded) -> None:
 
     assert caught.value.context["xucred_version"] == 1
     assert (caught.value.expected_uid, caught.value.actual_uid) == (0, 0)
-    assert "xucred" in caught.value.message
+    assert caught.value.message == "Unknown version of xucred"
 
 
 @pytest.mark.usefixtures("on_macos")
@@ -613,7 +615,9 @@ def test_another_process_of_the_same_user_is_refused(serve: Serve, held: Held) -
         )
 
     error = caught.value
-    assert f"expected pid {ours.process.pid}, got {theirs.process.pid}" in error.message
+    assert error.message == (
+        f"Socket peer is another process: expected pid {ours.process.pid}, got {theirs.process.pid}"
+    )
     assert error.context["peer_pid"] == theirs.process.pid
     assert error.context["expected_pid"] == ours.process.pid
     assert error.context["socket_path"] == "/x"
@@ -641,7 +645,10 @@ def test_a_process_with_the_right_pid_and_another_start_is_refused(
             monkeypatch.setattr(peer_process, "SO_PEERPIDFD", option)
             with pytest.raises(SocketAuthError, match="start time") as caught:
                 verify_machine_peer(sock, uid=os.getuid(), identity=older, pidfd=None)
-            assert f"got {seen.start_ticks}" in caught.value.message
+            assert caught.value.message == (
+                "Socket peer is another process: "
+                f"expected start time {older.start_ticks}, got {seen.start_ticks}"
+            )
 
 
 def test_the_right_pid_with_the_pidfd_of_another_is_refused(serve: Serve) -> None:
@@ -650,9 +657,14 @@ def test_the_right_pid_with_the_pidfd_of_another_is_refused(serve: Serve) -> Non
     with (
         connected(server.path) as sock,
         pidfd_of(other) as pidfd,
-        pytest.raises(SocketAuthError, match="pidfd"),
+        pytest.raises(SocketAuthError) as caught,
     ):
         verify_machine_peer(sock, uid=os.getuid(), identity=server.identity, pidfd=pidfd)
+
+    assert caught.value.message == (
+        "Socket peer is another process: "
+        f"expected process {server.process.pid}, got another one, by its pidfd"
+    )
 
 
 def test_a_descriptor_that_is_no_pidfd_is_refused(serve: Serve) -> None:
@@ -692,6 +704,16 @@ def test_a_listener_that_outlived_its_process_is_refused(serve: Serve, held: Hel
         verify_machine_peer(sock, uid=os.getuid(), identity=identity, pidfd=pidfd)
 
     assert caught.value.context["peer_pid"] == identity.pid
+    # Kernels before 6.16 give no pidfd of a process that was reaped, and say EINVAL.
+    assert any(
+        caught.value.message.endswith(end)
+        for end in (
+            f"expected process {identity.pid}, got one that has ended",
+            f"expected process {identity.pid}, got another one, by its pidfd",
+            "Invalid argument",
+            f"No such process: '/proc/{identity.pid}/stat'",
+        )
+    ), caught.value.message
     assert server.bytes_received() == 0
 
 
@@ -708,6 +730,7 @@ def test_a_kernel_that_will_not_tell_is_not_taken_for_an_old_one(
         verify_machine_peer(recorded, uid=0, identity=ProcessIdentity.current(), pidfd=None)
 
     assert caught.value.__cause__ is error
+    assert caught.value.message == f"Socket peer process can't be looked at: {error}"
     assert caught.value.context["peer_pid"] == os.getpid()
     assert "socket_path" in caught.value.context
 
@@ -734,6 +757,11 @@ def test_a_pidfd_tells_its_pid_and_that_it_is_gone(serve: Serve) -> None:
 
     with pidfd_of(server) as pidfd:
         assert pid_of(pidfd) == server.process.pid
+        pair = os.pipe()
+        with pytest.raises(ValueError, match=f"^descriptor {pair[0]} is not a pidfd$"):
+            pid_of(pair[0])
+        for end in pair:
+            os.close(end)
         server.process.kill()
         server.process.wait(timeout=60)
         assert pid_of(pidfd) == -1
@@ -821,7 +849,12 @@ async def test_what_an_earlier_process_left_on_the_path_does_not_end_the_wait(
 
 
 @pytest.mark.parametrize(
-    ("what", "seen"), [("nothing", "No such file"), ("deaf", "refused"), ("crowd", "backlog")]
+    ("what", "seen"),
+    [
+        ("nothing", "No such file"),
+        ("deaf", "refused"),
+        ("crowd", "its backlog is full"),
+    ],
 )
 async def test_a_machine_that_never_listens_is_a_timeout_that_says_what_was_seen(
     serve: Serve, scratch: Path, open_descriptors: Callable[[], list[str]], what: str, seen: str
@@ -841,6 +874,7 @@ async def test_a_machine_that_never_listens_is_a_timeout_that_says_what_was_seen
     assert caught.value.awaited == f"the VMM listening on {path}"
     assert caught.value.after_s == 0.1
     assert seen in caught.value.last_seen
+    assert caught.value.last_seen == seen or what != "crowd"
 
 
 def test_a_machine_is_looked_for_many_times_a_second() -> None:
@@ -867,8 +901,10 @@ async def test_what_is_no_socket_is_refused_at_once(
         path.mkdir()
     before = open_descriptors()
 
-    with pytest.raises(SocketAuthError, match=named) as caught:
+    with pytest.raises(SocketAuthError) as caught:
         await connect(server, path=path)
+
+    assert caught.value.message == f"Not a socket but a {named}: {path}"
 
     assert open_descriptors() == before
     assert caught.value.context["socket_path"] == str(path)
