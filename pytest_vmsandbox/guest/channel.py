@@ -79,7 +79,7 @@ class _Reply:
             raise fresh(self.error)
 
 
-async def open_channel(  # noqa: PLR0913 - a handshake has this many sides
+async def open_channel(
     sock: socket.socket,
     *,
     name: str,
@@ -87,9 +87,12 @@ async def open_channel(  # noqa: PLR0913 - a handshake has this many sides
     deadline: Deadline,
     restore_id: str = "",
     keep_processes: bool = False,
+    used_before: bool = False,
     silence_s: float = SILENCE_S,
 ) -> Channel:
     """A channel to the agent behind `sock`, which the caller has connected and verified.
+
+    `used_before` says that a former host has used this line, and may have left half a frame on it.
 
     Raises TimedOut when no agent answers by the deadline, ChannelLost when the line breaks or
     another machine answers; `sock` is closed then. Otherwise it belongs to the channel.
@@ -98,7 +101,11 @@ async def open_channel(  # noqa: PLR0913 - a handshake has this many sides
     try:
         await channel.connect(sock)
         await channel.handshake(
-            nonce=nonce, deadline=deadline, restore_id=restore_id, keep_processes=keep_processes
+            nonce=nonce,
+            deadline=deadline,
+            restore_id=restore_id,
+            keep_processes=keep_processes,
+            used_before=used_before,
         )
     except BaseException:
         await channel.close()
@@ -147,6 +154,7 @@ class Channel:
         deadline: Deadline,
         restore_id: str = "",
         keep_processes: bool = False,
+        used_before: bool = False,
     ) -> Hello:
         """Introduce ourselves (again, after a reboot or a restore) and learn who answers.
 
@@ -159,12 +167,13 @@ class Channel:
         self._token, self._welcome = os.urandom(TOKEN_SIZE), None
         self._line.parser.hunt()
         hello = encode_hello(self._token, keep_processes=keep_processes, restore_id=restore_id)
-        answer = await self._introduce(hello, deadline=deadline)
+        pad_after_s = 0.0 if used_before else _PAD_AFTER_S
+        answer = await self._introduce(hello, deadline=deadline, pad_after_s=pad_after_s)
         self._check_identity(answer, nonce=nonce)
         self.hello = answer
         return answer
 
-    async def _introduce(self, hello: bytes, *, deadline: Deadline) -> Hello:
+    async def _introduce(self, hello: bytes, *, deadline: Deadline, pad_after_s: float) -> Hello:
         began, wait_s = time.monotonic(), _FIRST_RETRY_S
         self._line.send(hello)
         while True:
@@ -175,7 +184,7 @@ class Channel:
                 raise deadline.timed_out(f"{self.name}: the agent's hello", self._last_seen())
             wait_s *= 2
             if self._line.waits_to_send == 0:
-                padded = time.monotonic() - began >= _PAD_AFTER_S
+                padded = time.monotonic() - began >= pad_after_s
                 self._line.send(_PADDING + hello if padded else hello)
 
     async def _wait_welcome(self) -> Hello:
@@ -272,7 +281,7 @@ class Channel:
         await files.perform(self, TransferKind.ADDRESSES, path=interface, more=more)
 
     async def sync(self) -> None:
-        """sync(2) in the guest; returns when it has finished."""
+        """Write everything to the guest's disks (sync(2)); returns when that has finished."""
         await files.perform(self, TransferKind.SYNC)
 
     async def poweroff(self) -> None:
@@ -362,7 +371,7 @@ class Channel:
                 self._about_job(frame)
 
     def _welcomed(self, payload: memoryview) -> None:
-        """While hunting, another token is an answer to a former host; afterwards it is a violation."""
+        # Before ours has come, another token is an answer to a former host.
         try:
             token, hello = parse_welcome(payload)
         except ProtocolViolated:

@@ -21,6 +21,7 @@ from pytest_vmsandbox.guest.tree import read_tree, receive_tree
 from pytest_vmsandbox.guest.waiting import fresh
 
 _REPORT_MAX = 8192
+_ERRNO_SIZE = 4
 
 
 class Transfers(Protocol):
@@ -43,7 +44,7 @@ class Transfers(Protocol):
 async def read_file(
     channel: Transfers, path: str, *, offset: int = 0, limit: int | None = None
 ) -> bytes:
-    """The file's bytes from `offset`, at most `limit`; devices and /proc are read up to their end."""
+    """The file's bytes from `offset`, at most `limit`; /proc and devices are read to their end."""
     wanted = NO_LIMIT if limit is None else limit
     job = channel.start_transfer(TransferKind.GET, path=path, position=offset, limit=wanted)
     try:
@@ -147,9 +148,11 @@ async def _succeeded(job: Job) -> None:
         return
     assert job.stderr is not None
     report = await _read_report(job.stderr)
-    if status < 0 or len(report) < 4:  # noqa: PLR2004 - an errno comes first
+    if status < 0 or len(report) < _ERRNO_SIZE:
         raise OSError(errno.EIO, f"the guest's transfer ended with {status}")
-    raise guest_error(int.from_bytes(report[:4], "little"), os.fsdecode(report[4:]))
+    raise guest_error(
+        int.from_bytes(report[:_ERRNO_SIZE], "little"), os.fsdecode(report[_ERRNO_SIZE:])
+    )
 
 
 async def _read_report(stream: ReadStream) -> bytes:

@@ -138,7 +138,11 @@ class FrameParser:
         if available < HEADER_SIZE:
             return None
         magic, type_, stream, check, id_, length = _HEADER.unpack_from(self._buffer, start)
-        if magic != MAGIC or length > PAYLOAD_MAX or check != header_check(type_, stream, id_, length):
+        if (
+            magic != MAGIC
+            or length > PAYLOAD_MAX
+            or check != header_check(type_, stream, id_, length)
+        ):
             raise ProtocolViolated(f"not a frame: {self._seen()}")
         if available < HEADER_SIZE + length + TRAILER_SIZE:
             return None
@@ -161,13 +165,15 @@ class FrameParser:
             except ProtocolViolated:
                 self._start += 1
                 continue
-            if frame is None and self._claimed() > WELCOME_MAX:  # of something stale: it may never be whole
+            if (
+                frame is None and self._claimed() > WELCOME_MAX
+            ):  # of something stale: it may never be whole
                 self._start += 1
                 continue
             return frame
 
     def _claimed(self) -> int:
-        """The length that an unfinished frame says it will have; 0 where its header is not there."""
+        """The length that an unfinished frame claims; 0 where its header is not there."""
         if self._end - self._start < HEADER_SIZE:
             return 0
         length: int = _HEADER.unpack_from(self._buffer, self._start)[5]

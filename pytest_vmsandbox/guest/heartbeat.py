@@ -9,7 +9,7 @@ _BEATS = 10
 
 
 class Heartbeat:
-    """Pings while there is something to wait for; calls `fell_silent` after `silence_s` without a byte.
+    """Pings while something is outstanding; tells when `silence_s` have passed without a byte.
 
     It counts beats, not seconds: a host that was itself stopped for a minute (SIGSTOP, a laptop's
     lid) finds one missed beat, and the bytes that came meanwhile are read before the next.

@@ -14,6 +14,7 @@ from pytest_vmsandbox.guest.messages import parse_number
 from pytest_vmsandbox.guest.streams import ReadStream, WriteStream
 from pytest_vmsandbox.guest.waiting import Changes, fresh
 
+_STDIN, _STDOUT, _STDERR = 0, 1, 2
 _PID_MAX = 4 * 1024 * 1024
 
 
@@ -39,8 +40,10 @@ class Job:
     def __init__(self, *, line: Line, id_: int, stdin: bool, stderr: bool) -> None:
         self.id = id_
         self.stdin = WriteStream(_Stdin(line, id_)) if stdin else None
-        self.stdout = ReadStream(grant=self._grant(1), close=self._close(1))
-        self.stderr = ReadStream(grant=self._grant(2), close=self._close(2)) if stderr else None
+        self.stdout = ReadStream(grant=self._grant(_STDOUT), close=self._close(_STDOUT))
+        self.stderr = (
+            ReadStream(grant=self._grant(_STDERR), close=self._close(_STDERR)) if stderr else None
+        )
         self.returncode: int | None = None
         self.pid: int | None = None
         self._line = line
@@ -83,14 +86,14 @@ class Job:
 
     def eof_came(self, stream: int) -> None:
         """An output stream has ended, or (0) the process reads no more."""
-        if stream == 0:
+        if stream == _STDIN:
             self._input().refuse()
         else:
             self._output(stream).feed_eof()
 
     def credit_came(self, stream: int, payload: memoryview) -> None:
         """The process has read some of its stdin."""
-        if stream != 0:
+        if stream != _STDIN:
             raise ProtocolViolated(f"credit for stream {stream}")
         self._input().credit(parse_number(payload))
 
@@ -165,8 +168,8 @@ class Job:
         return self.stdin
 
     def _output(self, stream: int) -> ReadStream:
-        if stream == 1:
+        if stream == _STDOUT:
             return self.stdout
-        if stream == 2 and self.stderr is not None:
+        if stream == _STDERR and self.stderr is not None:
             return self.stderr
         raise ProtocolViolated(f"job {self.id} has no output stream {stream}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +18,8 @@ TOKEN_SIZE = 16
 REQUEST_MAX = 2 * 1024 * 1024
 KEEP_MODE = 0xFFFFFFFF
 NO_LIMIT = 0xFFFFFFFFFFFFFFFF
+_LIST_MAX = 0xFFFF
+_ERRNO_MAX = 4095  # of Linux, include/linux/err.h
 _LOWEST_STATUS, _HIGHEST_STATUS = -64, 255
 
 
@@ -143,16 +146,20 @@ def encode_exec(request: ExecRequest, *, window: int) -> bytes:
 
 
 def _encode_list(texts: Sequence[str | bytes]) -> Iterator[bytes]:
-    if len(texts) > 0xFFFF:
-        raise OSError(7, os.strerror(7))
+    if len(texts) > _LIST_MAX:
+        raise _too_long()
     yield struct.pack("<H", len(texts))
     yield from map(encode_text, texts)
 
 
+def _too_long() -> OSError:
+    return OSError(errno.E2BIG, os.strerror(errno.E2BIG))
+
+
 def encode_request(type_: FrameType, *, id_: int, payload: bytes) -> bytes:
-    """A request in as many frames as it needs: MORE, MORE, ..., and the one that says what it is."""
+    """A request in as many frames as it needs: MORE, ..., and the one that says what it is."""
     if len(payload) > REQUEST_MAX:
-        raise OSError(7, os.strerror(7))
+        raise _too_long()
     frames = []
     while len(payload) > PAYLOAD_MAX:
         frames.append(encode_frame(FrameType.MORE, id_=id_, payload=payload[:PAYLOAD_MAX]))
@@ -205,7 +212,7 @@ def parse_failure(payload: memoryview) -> OSError:
 
 def guest_error(number: int, where: str) -> OSError:
     """The OSError of the right subclass (FileNotFoundError, ...) for an errno of the guest."""
-    if not 0 < number < 4096:  # noqa: PLR2004 - MAX_ERRNO of Linux
+    if not 0 < number <= _ERRNO_MAX:
         raise ProtocolViolated(f"errno {number}")
     return OSError(number, os.strerror(number), where)
 

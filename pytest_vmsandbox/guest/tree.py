@@ -1,9 +1,12 @@
 """Trees: files, directories and symbolic links as a stream of records (docs/protocol.md).
 
-D opens a directory, U leaves it, F is a file with its content in chunks, L a link, E the end. A name
-is one component and every step is taken from an open directory, following nothing, so that no
-record can reach outside the target.
+D opens a directory, U leaves it, F is a file with its content in chunks, L a link, E the end. A
+name is one component and every step is taken from an open directory, following nothing, so that
+no record can reach outside the target.
 """
+
+# Names are bytes, and steps are taken from descriptors: pathlib has neither.
+# ruff: noqa: PTH115, PTH118, PTH123, PTH208
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ import secrets
 import stat
 import struct
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -63,7 +67,9 @@ def read_tree(source: Path) -> Iterator[bytes | memoryview]:
 
     Raises OSError for what can't be read, and for anything but files, directories and links.
     """
-    yield from _packed(_read_entry(os.fsencode(source), b"", depth=0, buffer=bytearray(PAYLOAD_MAX)))
+    yield from _packed(
+        _read_entry(os.fsencode(source), b"", depth=0, buffer=bytearray(PAYLOAD_MAX))
+    )
 
 
 def _packed(pieces: Iterator[bytes | memoryview]) -> Iterator[bytes | memoryview]:
@@ -232,10 +238,8 @@ class _Target:
         if len(self._open) > DEPTH_MAX + 1:
             raise ProtocolViolated("a tree without a bottom")
         here, name = self._place(record)
-        try:
+        with suppress(FileExistsError):
             os.mkdir(name, 0o700, dir_fd=here)
-        except FileExistsError:
-            pass
         self._open.append((os.open(name, _DIRECTORY, dir_fd=here), record))
 
     def leave(self) -> None:

@@ -1,7 +1,7 @@
 """Waiting for a state to change, on one loop.
 
 States live in plain attributes, errors among them; who waits looks again after each change. So a
-cancelled wait leaves nothing behind, and no future is ever left with an exception that nobody reads.
+cancelled wait leaves nothing behind, and no future is left with an exception that nobody reads.
 """
 
 from __future__ import annotations

@@ -1,0 +1,127 @@
+"""What changes the machine: only in namespaces of our own, or refused."""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+import time
+from collections.abc import Awaitable, Callable
+from ipaddress import ip_address, ip_interface
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from pytest_vmsandbox.deadline import Deadline
+from pytest_vmsandbox.errors import ChannelLost
+from pytest_vmsandbox.guest.channel import Channel
+from pytest_vmsandbox.guest.messages import ExecRequest
+
+pytestmark = pytest.mark.asyncio
+
+NAMESPACES = ("unshare", "--uts", "--mount", "--net", "--ipc", "--pid", "--fork", "--kill-child")
+
+
+@pytest_asyncio.fixture
+async def own_machine(
+    start_agent: Callable[..., socket.socket],
+    reach: Callable[[socket.socket], Awaitable[Channel]],
+    tmp_path: Path,
+) -> Channel:
+    """An agent that is pid 1 of namespaces of its own, and owns what is in them."""
+    if os.getuid() != 0:
+        pytest.skip("namespaces like these need root")
+    channel = await reach(start_agent("--own-machine", before=NAMESPACES))
+    (tmp_path / "etc").mkdir()
+    assert await output_of(channel, "mount", "-t", "proc", "proc", "/proc") == ""
+    assert await output_of(channel, "mount", "--bind", str(tmp_path / "etc"), "/etc") == ""
+    return channel
+
+
+async def output_of(channel: Channel, *argv: str) -> str:
+    process = await channel.spawn(ExecRequest(argv=argv, merge_stderr=True))
+    return (await process.communicate())[0].decode()
+
+
+async def test_an_agent_that_does_not_own_its_machine_changes_nothing_of_it(
+    channel: Channel,
+) -> None:
+    before = platform.node(), Path("/etc/machine-id").exists()
+    for change in (
+        channel.set_hostname("other"),
+        channel.set_clock(0),
+        channel.reseed(b"x" * 32),
+        channel.set_machine_id("0" * 32),
+        channel.set_addresses("lo", []),
+        channel.poweroff(),
+        channel.reboot(),
+    ):
+        with pytest.raises(PermissionError, match="own its machine"):
+            await change
+
+    assert (platform.node(), Path("/etc/machine-id").exists()) == before
+
+
+async def test_the_hostname_is_set(own_machine: Channel) -> None:
+    await own_machine.set_hostname("twin-7")
+
+    assert await output_of(own_machine, "uname", "-n") == "twin-7\n"
+    with pytest.raises(OSError, match="Invalid argument"):
+        await own_machine.set_hostname("x" * 100)
+
+
+async def test_the_machine_id_is_replaced(own_machine: Channel, tmp_path: Path) -> None:
+    await own_machine.set_machine_id("ab" * 16)
+    await own_machine.set_machine_id("cd" * 16)
+
+    assert (tmp_path / "etc" / "machine-id").read_text() == "cd" * 16 + "\n"
+
+
+async def test_entropy_is_taken_and_too_much_is_refused(own_machine: Channel) -> None:
+    await own_machine.reseed(os.urandom(512))
+    for wrong in (b"", bytes(513)):
+        with pytest.raises(OSError, match="Invalid argument"):
+            await own_machine.reseed(wrong)
+
+
+async def test_addresses_replace_those_that_were_there(own_machine: Channel) -> None:
+    await output_of(own_machine, "ip", "link", "add", "eth0", "type", "bridge")
+    await own_machine.set_addresses(
+        "eth0", [ip_interface("10.9.8.7/24"), ip_interface("10.9.8.8/24")]
+    )
+    wanted = [ip_interface("10.1.2.3/16"), ip_interface("fd00::5/64")]
+    await own_machine.set_addresses("eth0", wanted, gateway=ip_address("10.1.0.1"))
+    shown = await output_of(
+        own_machine, "ip", "-brief", "address", "show", "eth0", "scope", "global"
+    )
+
+    assert shown.split()[2:] == ["10.1.2.3/16", "fd00::5/64"]
+    assert "default via 10.1.0.1 dev eth0" in await output_of(own_machine, "ip", "route")
+    with pytest.raises(OSError, match="no-such"):
+        await own_machine.set_addresses("no-such", wanted)
+
+
+@pytest.mark.parametrize("how", ["poweroff", "reboot"])
+async def test_an_orderly_end_gives_processes_their_time(
+    own_machine: Channel, tmp_path: Path, how: str
+) -> None:
+    mark = tmp_path / "said-goodbye"
+    script = f"trap 'echo bye > {mark}; exit' TERM; echo ready; while :; do sleep 0.1; done"
+    process = await own_machine.spawn(ExecRequest(argv=["sh", "-c", script]))
+    await process.stdout.readline()
+    began = time.monotonic()
+    await (own_machine.poweroff() if how == "poweroff" else own_machine.reboot())
+    await process.wait()
+    with pytest.raises(ChannelLost):
+        while True:
+            await own_machine.ping(deadline=Deadline.after(seconds=20))
+
+    assert mark.read_text() == "bye\n"
+    assert time.monotonic() - began < 20
+
+
+async def test_orphans_are_reaped(own_machine: Channel) -> None:
+    await output_of(own_machine, "sh", "-c", "for i in 1 2 3; do (sleep 0.05 &) ; done; sleep 0.3")
+
+    assert await output_of(own_machine, "sh", "-c", "ps ax -o stat= | grep -c Z") == "0\n"
