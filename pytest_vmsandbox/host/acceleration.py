@@ -77,11 +77,14 @@ def choose_accel(kvm: Fact, platform: Platform) -> AccelChoice:
 
 
 async def run_small_guest(trial: Trial, *, qemu: Path, accelerator: str) -> SmallGuestRun:
-    """Run the small guest under the accelerator, within the trial's deadline."""
+    """Run the small guest under the accelerator, within the trial's deadline for guests."""
     with trial.scratch() as scratch:
         firmware = scratch / "firmware"
         firmware.write_bytes(small_guest_firmware())
-        outcome = await trial.run([qemu, *small_guest_arguments(firmware, accelerator=accelerator)])
+        outcome = await trial.run(
+            [qemu, *small_guest_arguments(firmware, accelerator=accelerator)],
+            deadline=Deadline.after(seconds=trial.guest_deadline_s),
+        )
     return SmallGuestRun(outcome=outcome, counted=parse_counted(outcome.stdout))
 
 

@@ -89,6 +89,19 @@ def code_of(capability: Capability, verdict: Verdict) -> str:
     return f"VMS-{capability}-{verdict}".replace("_", "-").upper()
 
 
+def capability_of(code: str) -> Capability | None:
+    """The capability that a code is about; None for a code of another kind.
+
+    A code's beginning does not tell: ``VMS-SUDO-DENIED`` and ``VMS-SUDO-QEMU-VM-DENIED`` differ.
+    """
+    return _CAPABILITIES.get(code)
+
+
+_CAPABILITIES: Mapping[str, Capability] = MappingProxyType(
+    {code_of(capability, verdict): capability for capability in Capability for verdict in Verdict}
+)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fact:
     """One thing tried on this host: whether it worked, what was seen, what would change it.

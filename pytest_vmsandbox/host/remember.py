@@ -6,19 +6,27 @@ good as not there: the host is then probed again.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import os
 import tempfile
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
+from pytest_vmsandbox.deadline import Deadline
 from pytest_vmsandbox.host.facts import Fact, HostFacts, Verdict
 from pytest_vmsandbox.host.setup_record import RECORD
 
 # Grows with every change of a probe, so that nothing an older one said is believed.
 PROBES_VERSION = 1
+
+# How often a worker that waits for another's survey looks.
+_LOOK_EVERY_S = 0.02
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -80,8 +88,27 @@ def remember(cache_dir: Path, key: Key, facts: HostFacts) -> None:
     if not facts.settled:
         return
     with suppress(OSError):
-        cache_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _make(cache_dir)
         _publish(cache_dir / key.file_name, json.dumps(facts.to_json(), indent=1))
+
+
+@asynccontextmanager
+async def surveying_alone(cache_dir: Path, key: Key, *, deadline: Deadline) -> AsyncIterator[None]:
+    """Keep the other workers waiting meanwhile: they shall find what we remember.
+
+    Once the deadline has passed, or where the cache can't be written, nobody waits.
+    """
+    lock = FileLock(cache_dir / f"{key.file_name}.lock", thread_local=False)
+    with ExitStack() as undo:
+        with suppress(OSError):
+            _make(cache_dir)
+            while not deadline.passed:
+                try:
+                    undo.enter_context(lock.acquire(blocking=False))
+                    break
+                except Timeout:
+                    await asyncio.sleep(_LOOK_EVERY_S)
+        yield
 
 
 def is_final(kvm: Fact) -> bool:
@@ -95,6 +122,10 @@ def _identity(file: Path | None) -> tuple[str, int, int]:
     except OSError:
         seen = None
     return ("", 0, 0) if seen is None else (str(file), seen.st_mtime_ns, seen.st_size)
+
+
+def _make(cache_dir: Path) -> None:
+    cache_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
 
 
 def _publish(path: Path, content: str) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from pytest_vmsandbox.deadline import Deadline
 from pytest_vmsandbox.host.acceleration import choose_accel, confirm_kvm, measure_time_scale
 from pytest_vmsandbox.host.facts import (
     Capability,
@@ -30,7 +31,14 @@ from pytest_vmsandbox.host.probes.setfacl import probe_setfacl
 from pytest_vmsandbox.host.probes.sudo import probe_sudo, probe_sudo_qemu_vm
 from pytest_vmsandbox.host.probes.tap import probe_tap
 from pytest_vmsandbox.host.probes.user_namespaces import probe_user_namespaces
-from pytest_vmsandbox.host.remember import Key, is_final, key_of, recall, remember
+from pytest_vmsandbox.host.remember import (
+    Key,
+    is_final,
+    key_of,
+    recall,
+    remember,
+    surveying_alone,
+)
 from pytest_vmsandbox.host.tier import candidate_tiers, choose_tier
 from pytest_vmsandbox.host.trial import Trial, start_trial
 
@@ -46,9 +54,14 @@ async def probe_host(*, cache_dir: Path, run_dir: Path, reprobe: bool = False) -
     known = None if reprobe else recall(cache_dir, key)
     if known is not None:
         return known
-    facts = await survey(trial)
-    remember(cache_dir, key, facts)
-    return facts
+    # Workers start together; one surveys, so that they don't slow each other into timeouts.
+    deadline = Deadline.after(seconds=2 * trial.deadline_s)
+    async with surveying_alone(cache_dir, key, deadline=deadline):
+        known = None if reprobe else recall(cache_dir, key)
+        if known is None:
+            known = await survey(trial)
+            remember(cache_dir, key, known)
+    return known
 
 
 async def settle_kvm(

@@ -22,11 +22,16 @@ _ADMINISTRATORS_PATH = ("/usr/local/sbin", "/usr/sbin", "/sbin")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
-    """What all probes of one survey share; each probe has `deadline_s` for itself."""
+    """What all probes of one survey share; each probe has `deadline_s` for itself.
+
+    That is long: a busy host must not look unfit, and only what hangs pays for it. The small
+    guest has `guest_deadline_s`, because where KVM crawls all of it is spent.
+    """
 
     run_dir: Path
     search_path: str
-    deadline_s: float = 1.0
+    deadline_s: float = 5.0
+    guest_deadline_s: float = 1.0
     uid: int = field(default_factory=os.getuid)
     platform: Platform = field(default_factory=current_platform)
 

@@ -107,7 +107,7 @@ async def test_kvm_is_tried_by_running_the_small_guest(trial: Trial) -> None:
 
     fact = await probe_kvm(trial, qemu=QEMU)
 
-    assert time.monotonic() - began < 3 * trial.deadline_s
+    assert time.monotonic() - began < 3 * trial.guest_deadline_s
     if fact.present:
         assert fact.verdict is Verdict.UNCONFIRMED
         assert "no kernel tried yet" in fact.evidence
@@ -136,6 +136,7 @@ def run_of(
         (run_of(returncode=0, chunks=CHUNKS), Verdict.UNUSABLE, "did not end"),
         (run_of(stdout=b"xx", chunks=3), Verdict.UNUSABLE, f"3 of {CHUNKS}"),
         (run_of(), Verdict.TIMEOUT, "no end"),
+        (run_of(stdout=b"xx", chunks=CHUNKS - 1), Verdict.TIMEOUT, "no end"),
         (
             run_of(returncode=1, stderr=b"Could not access KVM: Permission denied"),
             Verdict.DENIED,
@@ -204,7 +205,7 @@ async def test_a_kernel_that_crawls_is_given_up_at_the_deadline(
 
     assert fact.code == "VMS-KVM-UNUSABLE"
     assert "crawls" in fact.evidence
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 10
 
 
 async def test_a_qemu_that_ends_is_seen_at_once_with_its_words() -> None:
@@ -216,7 +217,7 @@ async def test_a_qemu_that_ends_is_seen_at_once_with_its_words() -> None:
 
 @takes_kvm
 @pytest.mark.parametrize("cpu", ["host", "qemu64"])
-async def test_kvm_is_confirmed_or_refused_by_a_real_kernel_within_3_s(
+async def test_kvm_is_confirmed_or_refused_by_a_real_kernel_in_time(
     cpu: str, kernel: Path, initramfs: Path
 ) -> None:
     began = time.monotonic()
@@ -225,7 +226,7 @@ async def test_kvm_is_confirmed_or_refused_by_a_real_kernel_within_3_s(
         qemu=QEMU, kernel=kernel, initramfs=initramfs, command_line="quiet", cpu=cpu
     )
 
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 2 * 2.5
     assert fact.verdict in (Verdict.OK, Verdict.UNUSABLE)
     assert "kernel" in fact.evidence or "QEMU ended" in fact.evidence
 

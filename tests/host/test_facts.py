@@ -18,6 +18,7 @@ from pytest_vmsandbox.host.facts import (
     QemuBuild,
     Tier,
     Verdict,
+    capability_of,
     code_of,
     fact_of,
 )
@@ -152,6 +153,17 @@ def test_every_code_is_documented_and_every_documented_code_exists() -> None:
 
 def test_a_code_names_capability_and_verdict() -> None:
     assert code_of(Capability.SUDO_QEMU_VM, Verdict.DENIED) == "VMS-SUDO-QEMU-VM-DENIED"
+
+
+@pytest.mark.parametrize("capability", Capability)
+def test_a_code_is_about_one_capability(capability: Capability) -> None:
+    for verdict in Verdict:
+        assert capability_of(code_of(capability, verdict)) is capability
+
+
+@pytest.mark.parametrize("code", ["", "VMS-SUDO", "VMS-SUDO-", "VMS-SUDO-DENIED\n", "X-SUDO-OK"])
+def test_another_code_is_about_none(code: str) -> None:
+    assert capability_of(code) is None
 
 
 def test_a_fact_is_frozen() -> None:

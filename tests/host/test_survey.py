@@ -186,3 +186,26 @@ async def test_what_a_kernel_said_of_kvm_is_remembered(tmp_path: Path) -> None:
     assert settled.accel is Accel.TCG
     assert settled[Capability.KVM].code in settled.accel_reason
     assert await probe_host(cache_dir=tmp_path, run_dir=tmp_path) == settled
+
+
+def test_workers_that_start_together_survey_once(tmp_path: Path, stubs: Stubs) -> None:
+    stubs.put("id", "exit 1")
+
+    async def several() -> list[HostFacts]:
+        return await asyncio.gather(
+            *(probe_host(cache_dir=tmp_path / "cache", run_dir=tmp_path) for _ in range(3))
+        )
+
+    found = asyncio.run(several())
+
+    assert len(stubs.calls("id")) == 1
+    assert found[0] == found[1] == found[2]
+
+
+def test_a_survey_without_a_place_to_remember_it_is_made_nevertheless(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+
+    facts = asyncio.run(probe_host(cache_dir=blocked, run_dir=tmp_path))
+
+    assert set(facts.facts) == set(Capability)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from pytest_vmsandbox.host.facts import Capability, Fact, Tier, Verdict, fact_of
 from pytest_vmsandbox.host.probes.qemu_vm_user import USER
 from pytest_vmsandbox.host.probes.within import render_start
@@ -47,6 +49,10 @@ async def _probe(
             remedy="vmsandbox setup (apt-get install sudo)",
         )
     outcome = await trial.run(render_start(tier, "-c", _PROGRAM))
+    if b"unable to execute" in outcome.stderr:
+        # sudo let us, and the other user can't reach our interpreter: a home of mode 0700.
+        remedy = f"make {sys.executable} reachable for that user (a+x on the folders above it)"
+        return failed(capability, outcome, remedy=remedy)
     if not outcome.ok:
         return failed(capability, outcome, remedy=remedy, verdict=Verdict.DENIED)
     shown = outcome.text.strip()

@@ -34,7 +34,9 @@ def trial(tmp_path: Path) -> Trial:
 @pytest.fixture
 def stub_trial(stubs: Stubs, tmp_path: Path) -> Trial:
     """A trial that finds stubs alone, and is impatient."""
-    return Trial(run_dir=tmp_path, search_path=str(stubs.directory), deadline_s=0.4)
+    return Trial(
+        run_dir=tmp_path, search_path=str(stubs.directory), deadline_s=0.4, guest_deadline_s=0.4
+    )
 
 
 @pytest.fixture(autouse=True)

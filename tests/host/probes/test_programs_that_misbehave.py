@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -187,3 +188,15 @@ async def test_sudo_to_a_user_who_is_not_there_is_not_tried(
 
     assert fact.code == "VMS-SUDO-QEMU-VM-MISSING"
     assert stubs.calls("sudo") == []
+
+
+async def test_an_interpreter_out_of_the_other_users_reach_is_named(
+    stubs: Stubs, tmp_path: Path
+) -> None:
+    stubs.put("sudo", 'echo "sudo: unable to execute $2: Permission denied" >&2; exit 1')
+    trial = Trial(run_dir=tmp_path, search_path=str(stubs.directory))
+
+    fact = await sudo_qemu_vm(trial)
+
+    assert fact.code == "VMS-SUDO-QEMU-VM-UNUSABLE"
+    assert sys.executable in fact.remedy
