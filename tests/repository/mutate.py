@@ -116,7 +116,7 @@ def find_edits(node: ast.AST) -> Iterator[Edit]:
 
 
 def is_left_alone(node: ast.AST) -> bool:
-    """Docstrings, log messages, types that have a name, and lists of exported names."""
+    """Docstrings, log messages and types that have a name."""
     match node:
         case ast.Expr(value=ast.Constant(value=str())):
             return True
@@ -284,6 +284,8 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> int:
+    # Ended from outside, it still removes its copies.
+    signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit("terminated"))
     arguments = parse_arguments()
     source = (CHECKOUT / arguments.module).read_text()
     trial = Trial(
