@@ -35,6 +35,7 @@ from pytest_vmsandbox.image.recipe import Recipe, recipe_named
 
 _BUILD_S: Final = 900.0
 _NO_SPACE: Final = (errno.ENOSPC, errno.EDQUOT)
+_NOT_WRITABLE: Final = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def ensure_image(
@@ -54,10 +55,13 @@ def ensure_image(
     one. `refresh` asks the host's package sources for newer packages first.
 
     Raises RequestInvalid for what can't be, HostUnfit for what the host lacks (the programs,
-    the packages, disk space), TimedOut after a quarter of an hour. After a failure nothing is
-    published, and what was there is still there. Blocks; Ctrl-C is safe at any moment.
+    the packages, disk space, a cache that can be written), TimedOut after a quarter of an hour.
+    After a failure nothing is published, and what was there is still there. Blocks; Ctrl-C is
+    safe at any moment.
     """
     if os.sep in wanted or wanted.startswith("."):
+        if host_kernel is not None:
+            raise RequestInvalid(f"{wanted} has a kernel of its own: {host_kernel} is one too many")
         return open_image(Path(wanted))
     recipe = recipe_named(wanted)
     builder = _Builder(
@@ -116,7 +120,7 @@ class _Builder:
     def build(self, *, refresh: bool) -> Image:
         deadline = Deadline.after(seconds=_BUILD_S)
         with ExitStack() as stack:
-            stack.enter_context(_space_errors(self.cache_dir))
+            stack.enter_context(_storage_errors(self.cache_dir))
             stack.enter_context(_locked(self.cache_dir, deadline, progress=self.progress))
             # Another process may have built it while this one waited for the lock.
             if not refresh and (image := self.published()):
@@ -250,14 +254,21 @@ def _inode(path: Path) -> tuple[int, int]:
 
 
 @contextmanager
-def _space_errors(cache_dir: Path) -> Iterator[None]:
-    """Turn "no space left", ours or a program's, into HostUnfit."""
+def _storage_errors(cache_dir: Path) -> Iterator[None]:
+    """Turn "no space left", ours or a program's, and "not writable" into HostUnfit."""
     try:
         yield
     except OSError as error:
-        if error.errno not in _NO_SPACE:
-            raise
-        raise _no_space(cache_dir, str(error)) from error
+        if error.errno in _NO_SPACE:
+            raise _no_space(cache_dir, str(error)) from error
+        if error.errno in _NOT_WRITABLE:
+            raise HostUnfit(
+                "VMS-IMAGE-CACHE",
+                f"a cache directory for images that can be written: {cache_dir}",
+                str(error),
+                "choose another place with --vm-cache-dir",
+            ) from error
+        raise
     except (ProgramFailed, HostUnfit) as error:
         if os.strerror(errno.ENOSPC) not in str(error):
             raise

@@ -14,6 +14,8 @@ import zlib
 from typing import Final
 
 _LZ4_LEGACY_BLOCK: Final = 8 << 20
+_LARGEST: Final = 256 << 20
+_ZSTD_DESTINATION_TOO_SMALL: Final = 70  # zstd_errors.h
 _GZIP_WBITS: Final = 16 + zlib.MAX_WBITS
 
 
@@ -69,13 +71,15 @@ def _zstd(data: bytes) -> bytes:
     if library.ZSTD_isError(ctypes.c_size_t(frame)):
         raise CannotDecompress("zstd: broken frame")
     # The frame need not say how large its content is, so the buffer grows until it fits.
-    room = max(8 * frame, 1 << 20)
-    while room <= 1 << 30:
+    room = max(8 * frame, 1 << 16)
+    while room <= _LARGEST:
         buffer = ctypes.create_string_buffer(room)
         got: int = library.ZSTD_decompress(
             buffer, ctypes.c_size_t(room), data, ctypes.c_size_t(frame)
         )
         if not library.ZSTD_isError(ctypes.c_size_t(got)):
             return buffer.raw[:got]
+        if library.ZSTD_getErrorCode(ctypes.c_size_t(got)) != _ZSTD_DESTINATION_TOO_SMALL:
+            raise CannotDecompress("zstd: broken frame")
         room *= 4
-    raise CannotDecompress("zstd: broken frame, or more than 1 GiB")
+    raise CannotDecompress(f"zstd: more than {_LARGEST} bytes")

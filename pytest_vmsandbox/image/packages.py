@@ -59,6 +59,7 @@ class PackageStore:
             if missing := self._missing(resolution.packages):
                 apt.download(missing, self.directory)
         self._keep(resolution, self._kept(recipe, architecture))
+        self._remove_unused()
         return resolution
 
     def is_complete(self, resolution: Resolution) -> bool:
@@ -77,6 +78,18 @@ class PackageStore:
 
     def _kept(self, recipe: Recipe, architecture: str) -> Path:
         return self.directory / f"{recipe.name}-{architecture}.json"
+
+    def _remove_unused(self) -> None:
+        # What no resolution names any more is an older version of something.
+        named = {
+            Package(**fields).file_name
+            for path in self.directory.glob("*.json")
+            for part in json.loads(path.read_bytes()).values()
+            for fields in part
+        }
+        for path in self.directory.glob("*.deb"):
+            if path.name not in named:
+                path.unlink()
 
     def _keep(self, resolution: Resolution, path: Path) -> None:
         half = path.with_suffix(".half")

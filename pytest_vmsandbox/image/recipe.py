@@ -18,6 +18,8 @@ BOOT_MODULES: Final = (
     "virtio_mmio",
     "virtio_console",
     "virtio_blk",
+    # ext4 asks the crypto API for it by name, which no list of dependencies shows.
+    "crc32c_generic",
     "ext4",
     "virtio_rng",
     "pvpanic_pci",

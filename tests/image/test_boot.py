@@ -13,10 +13,16 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Self
 
+import platformdirs
 import pytest
 
 from pytest_vmsandbox.deadline import Deadline
+from pytest_vmsandbox.errors import HostUnfit
+from pytest_vmsandbox.guest.compiler import agent_binary
+from pytest_vmsandbox.image.cache import ensure_image
 from pytest_vmsandbox.image.image import Image
+from pytest_vmsandbox.image.progress import SilentProgress
+from pytest_vmsandbox.image.recipe import host_architecture
 
 QEMU = shutil.which("qemu-system-x86_64")
 pytestmark = pytest.mark.skipif(
@@ -44,7 +50,6 @@ class Guest:
         bus = "device" if machine.startswith("microvm") else "pci"
         self.log = directory / "console"
         self.log.touch()
-        self._deadline = Deadline.after(seconds=90)
         self._undo = ExitStack()
         ours, theirs = socket.socketpair()
         self._line = self._undo.enter_context(ours)
@@ -78,9 +83,9 @@ class Guest:
 
     def wait_for(self, pattern: bytes) -> str:
         """What came over the line until `pattern`, which must come."""
-        seen = b""
+        seen, deadline = b"", Deadline.after(seconds=90)
         while not re.search(pattern, seen):
-            self._line.settimeout(self._deadline.left_s or 0.001)
+            self._line.settimeout(deadline.left_s or 0.001)
             try:
                 more = self._line.recv(4096)
             except TimeoutError:
@@ -93,8 +98,9 @@ class Guest:
 
     def wait_on_console(self, text: str) -> None:
         """Return once the console shows `text`, which it must."""
+        deadline = Deadline.after(seconds=90)
         while text not in (seen := self.log.read_text(errors="replace")):
-            if self._deadline.passed or self._process.poll() is not None:
+            if deadline.passed or self._process.poll() is not None:
                 pytest.fail(f"no {text!r} on the console\n{seen[-3000:]}")
             time.sleep(0.01)
 
@@ -133,9 +139,32 @@ def test_the_kernel_as_it_was_shipped_boots_too(image: Image, tmp_path: Path) ->
         assert guest.wait_for(rb"HELLO .*\n") == f"HELLO {image.kernel_release}\n"
 
 
+def test_our_own_agent_loads_the_boot_modules_and_mounts_the_modules_disk(
+    cache: Path, tmp_path: Path
+) -> None:
+    program = agent_binary(architecture=host_architecture(), cache_dir=tmp_path)
+    image = ensure_image("mini", cache_dir=cache, agent=program, progress=SilentProgress())
+
+    with Guest(image, tmp_path) as guest:
+        guest.wait_on_console("EXT4-fs (vda): mounted filesystem")
+
+
 @pytest.mark.parametrize("module", WANTED)
 def test_a_test_machine_can_load(module: str, guest: Guest) -> None:
     assert guest.run(f"modprobe {module}") == (0, "")
+
+
+def test_mini_full_has_what_the_cloud_kernel_lacks(agent: Path, tmp_path: Path) -> None:
+    # Its packages are large, so its cache stays from one run to the next.
+    cache = platformdirs.user_cache_path("pytest-vmsandbox") / "tests"
+    try:
+        image = ensure_image("mini-full", cache_dir=cache, agent=agent, progress=SilentProgress())
+    except HostUnfit as reason:
+        pytest.skip(str(reason))
+
+    with Guest(image, tmp_path) as guest:
+        guest.wait_for(rb"HELLO .*\n")
+        assert guest.run("modprobe 9p && modprobe 9pnet_virtio && modprobe virtiofs") == (0, "")
 
 
 def test_the_kernel_finds_modules_for_itself(guest: Guest) -> None:

@@ -132,6 +132,17 @@ def test_a_path_is_taken_as_a_directory_with_an_image(image: Image, cache: Path)
     assert not (cache / "unused").exists()
 
 
+def test_a_path_and_a_kernel_of_the_host_contradict_each_other(image: Image, cache: Path) -> None:
+    with pytest.raises(RequestInvalid, match="a kernel of its own"):
+        ensure_image(
+            str(image.directory),
+            cache_dir=cache,
+            agent=Path("/nonexistent"),
+            progress=SilentProgress(),
+            host_kernel=Path("/boot/vmlinuz"),
+        )
+
+
 def test_a_name_that_is_no_recipe_is_refused_with_those_that_are(cache: Path, agent: Path) -> None:
     with pytest.raises(RequestInvalid, match="maxi") as caught:
         ensure_image("maxi", cache_dir=cache, agent=agent, progress=SilentProgress())
@@ -349,6 +360,21 @@ def test_an_ordinary_user_builds_the_same_image_as_root(
     (theirs,) = list_images(home / "cache")
     for name in ("initramfs.cpio", "vmlinux", "modules.img"):
         assert (theirs.directory / name).read_bytes() == (image.directory / name).read_bytes()
+
+
+@needs_root
+def test_a_cache_that_can_not_be_written_is_a_lack_of_the_host(
+    ordinary_user: tuple[int, Path], agent: Path, python_environment: dict[str, str]
+) -> None:
+    uid, home = ordinary_user
+    shutil.copy(agent, home / "agent")
+    os.chown(home, 0, 0)
+    process = start_build(home / "cache", home / "agent", environment=python_environment, user=uid)
+    with ended(process):
+        _, err = process.communicate(timeout=60)
+
+    assert "VMS-IMAGE-CACHE" in err
+    assert "--vm-cache-dir" in err
 
 
 @needs_root
