@@ -79,7 +79,7 @@ class _Reply:
             raise fresh(self.error)
 
 
-async def open_channel(
+async def open_channel(  # noqa: PLR0913 - each a fact of its own about one handshake
     sock: socket.socket,
     *,
     name: str,

@@ -31,7 +31,7 @@ def asks_for_an_interpreter(elf: bytes) -> bool:
 
 @pytest.fixture
 def only_the_hosts_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(toolchain.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     if find_compiler(architecture=host_architecture()) is None:
         pytest.skip("this host has no C compiler")
 
@@ -81,7 +81,7 @@ def test_a_packaged_agent_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_without_a_compiler_the_host_is_unfit_and_hears_the_way_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(toolchain.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(HostUnfit, match="ziglang") as caught:
         agent_binary(architecture=host_architecture(), cache_dir=tmp_path)

@@ -1,3 +1,5 @@
+# The real thing is looked at with plain calls: a test's loop has nothing else to do meanwhile.
+# ruff: noqa: ASYNC110, ASYNC240
 from __future__ import annotations
 
 import asyncio
@@ -7,7 +9,7 @@ import random
 import socket
 import stat
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import pytest
@@ -23,18 +25,18 @@ Facts = dict[str, tuple[object, ...]]
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Iterator[Path]:
+def place(tmp_path: Path) -> Path:
     """A directory that an ordinary user's agent can reach and write to."""
     for folder in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
         folder.chmod(folder.stat().st_mode | 0o011)
     inside = tmp_path / "guest"
     inside.mkdir()
     inside.chmod(0o777)
-    yield inside
+    return inside
 
 
 def facts_of(root: Path) -> Facts:
-    """Everything that a copy must keep: kind, mode, time, and a file's digest or a link's target."""
+    """What a copy must keep: kind, mode, time, and a file's digest or a link's target."""
     facts: Facts = {}
     for path in [root, *root.rglob("*")]:
         seen = path.lstat()
@@ -231,7 +233,7 @@ async def test_64_megabytes_go_there_and_back_equal(channel: Channel, place: Pat
     pushed = time.perf_counter()
     await channel.pull(str(place / "there"), place.parent / "back")
     pulled = time.perf_counter()
-    print(f"push {64 / (pushed - began):.0f} MiB/s, pull {64 / (pulled - pushed):.0f} MiB/s")
+    print(f"push {64 / (pushed - began):.0f} MiB/s, pull {64 / (pulled - pushed):.0f} MiB/s")  # noqa: T201 - shown with -s
 
     assert facts_of(place.parent / "back") == facts_of(source)
 

@@ -45,7 +45,7 @@ class Tap:
         self._agent = agent
         self.said = bytearray()
         for sock in (self._here, agent):
-            sock.setblocking(False)
+            sock.settimeout(0)
         self._tasks = [
             asyncio.create_task(self._pass(self._here, agent, None)),
             asyncio.create_task(self._pass(agent, self._here, self.said)),
@@ -193,7 +193,7 @@ async def test_no_mutation_of_a_real_stream_harms_the_host(
     recording = await record(start_agent(), tmp_path)
     frames = parse(recording.said)
     seed = int.from_bytes(os.urandom(4), "little")
-    print(f"seed {seed}, {len(frames)} frames, {len(recording.said)} bytes")
+    print(f"seed {seed}, {len(frames)} frames, {len(recording.said)} bytes")  # noqa: T201 - to run it again
     chance = random.Random(seed)
     complaints: list[object] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
