@@ -17,7 +17,7 @@ def test_a_web_server_answers(vm: Machine) -> None:
 
 
 async def test_a_server_is_followed_line_by_line(async_vm: AsyncMachine) -> None:
-    server = await async_vm.popen("while read line; do echo \"got $line\"; done")
+    server = await async_vm.popen('while read line; do echo "got $line"; done')
     assert server.stdin is not None
 
     await server.stdin.write("one\n")

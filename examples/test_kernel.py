@@ -8,14 +8,14 @@ from pytest_vmsandbox import GuestPanicked, Machine
 
 
 def test_a_module_is_loaded(vm: Machine) -> None:
-    vm.run("modprobe dummy && ip link add dummy0 type dummy", check=True)
+    vm.run(["modprobe", "dummy"], check=True)
 
     assert "dummy0" in vm.run("ip link").stdout
 
 
 def test_a_file_system_is_made_mounted_and_filled(vm: Machine) -> None:
-    vm.run("truncate -s 16M /root/disk && mke2fs -q /root/disk 2>&1", check=True)
-    vm.run("modprobe loop && mkdir /mnt && mount -o loop /root/disk /mnt", check=True)
+    vm.run("truncate -s 16M /root/disk && mke2fs -F /root/disk", check=True)
+    vm.run("modprobe loop && mount -o loop /root/disk /mnt", check=True)
 
     full = vm.run("cat /dev/zero > /mnt/filler")
 

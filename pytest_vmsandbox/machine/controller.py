@@ -19,6 +19,7 @@ from typing import Any
 
 from pytest_vmsandbox.deadline import Deadline
 from pytest_vmsandbox.errors import (
+    ChannelLost,
     Evidence,
     MachineFailed,
     OutcomeUnknown,
@@ -277,14 +278,21 @@ class MachineController:
         request = _request(command, env=None, cwd=None, user=None, stdin=False)
         last_seen = "it was never run to its end"
         for pause_s in _pauses():
-            channel = await self._channel(deadline)
             try:
+                channel = await self._channel(deadline)
                 output = await run_command(channel, request, stdin=None, deadline=deadline)
             except TimedOut:
                 break
-            if output.returncode == 0:
-                return
-            last_seen = f"exit status {output.returncode}: {decode(output.stderr or output.stdout, 'utf-8')}"
+            except ChannelLost as lost:
+                # A guest that reboots meanwhile is asked again, one that is gone is not.
+                if self._on().failure is not None:
+                    raise
+                last_seen = lost.cause
+            else:
+                if output.returncode == 0:
+                    return
+                said = decode(output.stderr or output.stdout, "utf-8")
+                last_seen = f"exit status {output.returncode}: {said}"
             if deadline.passed:
                 break
             await asyncio.sleep(min(pause_s, deadline.left_s))
@@ -488,5 +496,6 @@ def _port_check(where: tuple[int | str, ...]) -> list[str]:
                 f"cat /proc/net/tcp /proc/net/tcp6 2>/dev/null | grep -qE '{listening}'",
             ]
         case (str(host), int(port)) if port in PORTS and host:
-            return ["nc", "-z", "-w", "1", host, str(port)]
+            # busybox's nc runs a program once it is connected
+            return ["nc", "-w", "1", host, str(port), "-e", "true"]
     raise RequestInvalid(f"wait_for_port{where!r}: a port, or a host and a port, is needed")

@@ -100,6 +100,7 @@ class Running:
         self._console = console
         self._status = "starting"
         self._tasks: set[asyncio.Task[None]] = set()
+        self._greeting: asyncio.Task[None] | None = None
         self._failed = asyncio.Event()
         self._reset = asyncio.Event()
         self._answering = asyncio.Event()
@@ -202,7 +203,10 @@ class Running:
                 self.trouble(KernelTrouble.PANIC)
             case "RESET":
                 self._answering.clear()
-                self._spawn(self._greet_again())
+                # One reset may be reported more than once: only the last greeting counts.
+                if self._greeting is not None:
+                    self._greeting.cancel()
+                self._greeting = self._spawn(self._greet_again())
             case "SHUTDOWN":
                 self.guest_shut_down = bool(event.data.get("guest"))
             case "VSERPORT_CHANGE" if event.data.get("open") is False:
@@ -239,6 +243,7 @@ class Running:
         )
         self._channel.on_lost = self._channel_lost
         stall.cancel()
+        await self.unless_it_fails(self._channel.set_hostname(order.config.name))
         self._answering.set()
 
     async def connect(self, *, deadline: Deadline) -> None:
@@ -319,6 +324,7 @@ class Running:
         deadline = Deadline.after(seconds=order.boot_s)
         try:
             await self.channel.handshake(nonce=order.nonce, deadline=deadline)
+            await self.channel.set_hostname(order.config.name)
         except VmSandboxError as error:
             self.fail(self.failed(BootFailed, f"after a reset: {error}"))
         else:

@@ -79,9 +79,7 @@ def test_a_panic_is_noticed_wherever_the_reads_are_cut(
     assert troubles == [KernelTrouble.PANIC]
 
 
-def test_an_oops_is_noticed_and_no_panic(
-    console: Console, troubles: list[KernelTrouble]
-) -> None:
+def test_an_oops_is_noticed_and_no_panic(console: Console, troubles: list[KernelTrouble]) -> None:
     console.feed(b"BUG: unable to handle page fault for address\nOops: 0002 [#1]\n")
 
     assert troubles == [KernelTrouble.OOPS]
@@ -98,9 +96,7 @@ def test_a_new_boot_has_new_troubles(console: Console, troubles: list[KernelTrou
 async def test_wait_for_finds_what_is_there_and_what_comes(console: Console) -> None:
     console.feed(b"boot: ok\n")
     there = await console.wait_for(r"boot: (\w+)", deadline=Deadline.after(seconds=5))
-    waiting = asyncio.create_task(
-        console.wait_for(r"login:", deadline=Deadline.after(seconds=5))
-    )
+    waiting = asyncio.create_task(console.wait_for(r"login:", deadline=Deadline.after(seconds=5)))
     await asyncio.sleep(0.01)
     console.feed(b"log")
     await asyncio.sleep(0.01)

@@ -106,12 +106,14 @@ def test_closing_cancels_what_still_runs_and_ends_the_thread(engine: Engine) -> 
         await asyncio.sleep(0)
 
     engine.run(start())
+    thread = engine._thread
     engine.close()
     engine.close()
 
     assert ended.is_set()
     assert not engine.running
-    assert "vmsandbox-engine" not in {thread.name for thread in threading.enumerate()}
+    assert thread is not None
+    assert not thread.is_alive()
 
 
 def test_work_of_many_threads_runs_side_by_side(engine: Engine) -> None:

@@ -1,0 +1,97 @@
+"""Power, reboot, pause: what a machine is between its first and its last moment."""
+
+from __future__ import annotations
+
+import pytest
+
+from pytest_vmsandbox import Machine, RequestInvalid, TimedOut
+
+
+def _boot_id(vm: Machine) -> str:
+    return vm.read_text("/proc/sys/kernel/random/boot_id")
+
+
+def test_a_reboot_is_a_new_boot_of_the_same_machine(vm: Machine) -> None:
+    before, qemu = _boot_id(vm), vm.qmp("query-uuid")
+    vm.write_text("/run/in-memory", "gone afterwards")
+
+    vm.reboot()
+
+    assert _boot_id(vm) != before
+    assert vm.qmp("query-uuid") == qemu
+    assert vm.run("test -e /run/in-memory").returncode == 1
+    assert vm.run("hostname").stdout.strip() == vm.name
+
+
+def test_a_guest_that_reboots_itself_answers_again(vm: Machine) -> None:
+    before = _boot_id(vm)
+    vm.popen("sleep 0.2; reboot -f")
+    vm.console.wait_for("reboot: Restarting system", timeout=30)
+
+    vm.wait_until("test -e /proc/uptime", timeout=60)
+
+    assert _boot_id(vm) != before
+
+
+def test_after_a_shutdown_it_can_be_powered_on(vm: Machine) -> None:
+    before = _boot_id(vm)
+
+    vm.shutdown()
+    with pytest.raises(RequestInvalid, match="powered off"):
+        vm.run(["true"])
+    vm.power_on()
+
+    assert _boot_id(vm) != before
+    assert "reboot: Power down" in vm.console.text
+
+
+def test_a_power_cut_gives_the_guest_no_chance(vm: Machine) -> None:
+    before = _boot_id(vm)
+
+    vm.power_cut()
+    vm.power_cut()
+    with pytest.raises(RequestInvalid, match="powered off"):
+        vm.qmp("query-status")
+    vm.power_on()
+
+    assert _boot_id(vm) != before
+    assert "Power down" not in vm.console.text
+
+
+def test_power_on_twice_is_refused(vm: Machine) -> None:
+    with pytest.raises(RequestInvalid, match="powered on already"):
+        vm.power_on()
+
+
+def test_a_paused_machine_does_nothing_until_it_is_resumed(vm: Machine) -> None:
+    vm.pause()
+    with pytest.raises(TimedOut, match="QEMU answers QMP: yes; the guest's agent answers: no"):
+        vm.run(["true"], timeout=0.5)
+    vm.resume()
+
+    assert vm.run(["true"]).returncode == 0
+
+
+def test_qmp_is_the_way_around_and_refusals_name_the_command(vm: Machine) -> None:
+    assert vm.qmp("query-status") == {"running": True, "singlestep": False, "status": "running"}
+    with pytest.raises(RequestInvalid, match="QMP no-such-command"):
+        vm.qmp("no-such-command")
+
+
+def test_what_the_machine_is_stands_in_its_facts(vm: Machine) -> None:
+    assert vm.facts.kernel == vm.run("uname -r").stdout.strip()
+    assert vm.facts.accel in ("kvm", "tcg")
+    assert vm.facts.tier == "bare"
+    assert vm.facts.image == "mini"
+    assert len(vm.facts.image_digest) == 64
+    assert vm.facts.vmm_version[0].isdigit()
+
+
+def test_what_it_cost_stands_in_its_timings(vm: Machine) -> None:
+    vm.run(["true"])
+
+    assert vm.timings.boot_attempts >= 1
+    assert vm.timings.spawn_s is not None
+    assert vm.timings.boot_s is not None
+    assert vm.timings.first_command_s is not None
+    assert vm.timings.restore_s is None

@@ -1,0 +1,94 @@
+"""Wrong marks are errors at collection, at the mark; no machine is needed to see that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+Run = Callable[..., pytest.RunResult]
+
+
+@pytest.mark.parametrize(
+    ("mark", "message"),
+    [
+        ("vm(memory=256)", "*a machine has no 'memory'*"),
+        ("vm(memory_mib=1)", "*memory_mib=1 must be a whole number from 48*"),
+        ("vm(cpus='2')", "*cpus='2' must be a whole number*"),
+        ("vm(accel='xen')", "*accel='xen' must be one of auto, kvm, tcg, hvf*"),
+        ("vm(256)", "*keyword arguments only, not (256,)*"),
+        ("vm_requires('kwm')", "*'kwm' is not a valid Capability*"),
+        ("vm_requires()", "*takes the names of capabilities*"),
+        ("vm_expect('death')", "*'death'*is no end that a guest can be meant to have*"),
+    ],
+)
+def test_a_wrong_mark_is_an_error_at_collection(run_pytest: Run, mark: str, message: str) -> None:
+    result = run_pytest(f"""
+        import pytest
+
+        @pytest.mark.{mark}
+        def test_marked():
+            raise AssertionError("it must not run")
+
+        def test_other():
+            pass
+    """)
+
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines(["*test_a_wrong_mark*.py:3: test_marked: *", message])
+    assert "it must not run" not in result.stdout.str()
+
+
+def test_a_wrong_mark_on_a_class_or_a_module_is_found_too(run_pytest: Run) -> None:
+    on_class = run_pytest("""
+        import pytest
+
+        @pytest.mark.vm(cpus=0)
+        class TestMarked:
+            def test_it(self): pass
+    """)
+    on_module = run_pytest("""
+        import pytest
+
+        pytestmark = pytest.mark.vm(cpus=0)
+
+        def test_it(): pass
+    """)
+
+    for result in (on_class, on_module):
+        result.assert_outcomes(errors=1)
+        result.stdout.fnmatch_lines(["*cpus=0 must be a whole number from 1*"])
+
+
+def test_wrong_marks_are_errors_under_xdist_too(run_pytest: Run) -> None:
+    result = run_pytest(
+        """
+        import pytest
+
+        @pytest.mark.vm(cpus=0)
+        def test_marked(): pass
+    """,
+        "-n2",
+    )
+
+    assert result.ret != 0
+    result.stdout.fnmatch_lines(["*cpus=0 must be a whole number from 1*"])
+
+
+def test_right_marks_of_a_test_that_asks_for_no_machine_cost_nothing(run_pytest: Run) -> None:
+    result = run_pytest(
+        """
+        import sys
+        import pytest
+
+        @pytest.mark.vm(memory_mib=256, cpus=2)
+        @pytest.mark.vm_expect("panic", "oops")
+        def test_marked():
+            raise SystemExit
+    """,
+        "--collect-only",
+        "-q",
+        "--strict-markers",
+    )
+
+    result.stdout.fnmatch_lines(["*::test_marked", "1 test collected*"])
