@@ -34,7 +34,7 @@ from pytest_vmsandbox.linux import (
     umount,
     unshare,
 )
-from pytest_vmsandbox.linux.arguments import check_bits, check_range, encode_path
+from pytest_vmsandbox.linux.arguments import bits_of, check_bits, check_range, encode_path
 
 
 def _sets(bits: int) -> CapabilitySets:
@@ -171,6 +171,13 @@ def test_bits_are_accepted_exactly_when_all_of_them_are_allowed(value: int, allo
     else:
         with pytest.raises(ValueError, match=r"^flags: "):
             check_bits(value, allowed=allowed, argument="flags")
+
+
+def test_the_bits_of_some_flags_are_theirs_and_no_more() -> None:
+    assert bits_of([]) == 0
+    assert bits_of([MountFlags.NOSUID, MountFlags.NOEXEC]) == 2 | 8
+    with pytest.raises(ValueError, match="flags: 0x1 has bits"):
+        AtLocation(path=NOWHERE, flags=1)
 
 
 def test_checked_bits_are_plain_integers() -> None:
