@@ -793,6 +793,24 @@ def test_two_processes_that_had_one_pid_are_told_apart(
         assert not is_same_process(one, another)
 
 
+def test_the_first_process_of_a_pid_namespace_is_a_process_like_any_other(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pidfd_of(serve()) as one, os.fdopen(os.dup(one)) as same:
+        monkeypatch.setattr(peer_process, "pid_of", lambda _pidfd: 1)  # as it sees itself
+
+        assert is_same_process(one, same.fileno())
+
+
+def test_a_difference_is_a_frozen_value_that_reads_aloud() -> None:
+    difference = peer_process.Difference("pid", 1, 2)
+
+    assert str(difference) == "expected pid 1, got 2"
+    assert hash(difference) == hash(peer_process.Difference("pid", 1, 2))
+    with pytest.raises(FrozenInstanceError):
+        difference.what = "uid"  # type: ignore[misc]
+
+
 # Connecting to a machine
 
 

@@ -116,13 +116,15 @@ def find_edits(node: ast.AST) -> Iterator[Edit]:
 
 
 def is_left_alone(node: ast.AST) -> bool:
-    """Docstrings, log messages and types that have a name."""
+    """Docstrings, log messages, types that have a name, and the list of public names."""
     match node:
         case ast.Expr(value=ast.Constant(value=str())):
             return True
         case ast.Call(func=ast.Attribute(value=ast.Name(id="logger"))):
             return True
         case ast.AnnAssign(annotation=ast.Name(id="TypeAlias")):
+            return True
+        case ast.Assign(targets=[ast.Name(id="__all__")]):
             return True
     return False
 
@@ -247,7 +249,8 @@ def survivors_of(
             finally:
                 copies.put(copy)
 
-        executor = undo.enter_context(ThreadPoolExecutor(jobs))
+        executor = ThreadPoolExecutor(jobs)
+        undo.callback(executor.shutdown, cancel_futures=True)
         for tried, survived in enumerate(executor.map(survives, mutants), start=1):
             mutant = mutants[tried - 1]
             report(f"{tried}/{len(mutants)} {'SURVIVED' if survived else 'noticed'} {mutant}")
