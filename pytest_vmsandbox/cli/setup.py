@@ -15,6 +15,7 @@ from pathlib import Path
 
 from pytest_vmsandbox.host.permissions import QEMU_VM_USER
 from pytest_vmsandbox.host.setup_plan import (
+    NOT_OURS_STATUS,
     PACKAGES,
     Command,
     Standing,
@@ -67,7 +68,10 @@ def run(arguments: argparse.Namespace) -> int:
         _say("this takes root, and sudo wants a password; an administrator may run, as root:\n")
         _say(render_script(plan, undo=arguments.undo))
         return 1
-    done = _perform(plan, prefix=prefix, undo=arguments.undo)
+    if arguments.undo:
+        done = _undo(plan, prefix=prefix)
+    else:
+        done = _perform(plan, prefix=prefix, record=record)
     return 1 if unmet or not done else 0
 
 
@@ -99,22 +103,48 @@ def _describe(plan: Sequence[Step]) -> None:
         _say(f"would {step}")
 
 
-def _perform(plan: Sequence[Step], *, prefix: Sequence[str], undo: bool) -> bool:
+def _perform(plan: Sequence[Step], *, prefix: Sequence[str], record: SetupRecord) -> bool:
+    """Do the steps of a setup; the first that fails is the last."""
     for step in plan:
         _say(f"{step} ...")
-        for command in _commands(step, undo=undo):
-            done = subprocess.run(
-                [*prefix, *command.argv],
-                input=command.stdin,
-                text=True,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                check=False,
-            )
-            if done.returncode:
-                _say(f"{done.stdout.strip()}\nfailed: {step}", to_stderr=True)
+        for command in _commands(step, undo=False):
+            status = _run_as_root(command, prefix=prefix)
+            if status == NOT_OURS_STATUS:  # nothing was done, so nothing stays on record of it
+                _run_as_root(command_to_record(record), prefix=prefix)
+            if status:
+                _say(f"failed: {step}", to_stderr=True)
                 return False
+        record = step.record
     return True
+
+
+def _undo(plan: Sequence[Step], *, prefix: Sequence[str]) -> bool:
+    """Do the steps of an undo; what is not ours any more is passed over, and is said."""
+    whole = True
+    for step in plan:
+        _say(f"{step} ...")
+        for command in _commands(step, undo=True):
+            status = _run_as_root(command, prefix=prefix)
+            if status not in (0, NOT_OURS_STATUS):
+                _say(f"failed: {step}", to_stderr=True)
+                return False
+            whole = whole and not status
+    return whole
+
+
+def _run_as_root(command: Command, *, prefix: Sequence[str]) -> int:
+    """The command's exit status; when it fails, what it printed is said."""
+    done = subprocess.run(
+        [*prefix, *command.argv],
+        input=command.stdin,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        check=False,
+    )
+    if done.returncode:
+        _say(done.stdout.strip(), to_stderr=True)
+    return done.returncode
 
 
 def _commands(step: Step, *, undo: bool) -> tuple[Command, ...]:

@@ -22,6 +22,9 @@ UDEV_FILE = "/etc/udev/rules.d/65-vmsandbox-kvm.rules"
 # In the user's GECOS field: by it we know the user that we made.
 _MADE_BY_US = "made by vmsandbox setup"
 
+# With this a step's command says that something is not ours, and that it left it as it is.
+NOT_OURS_STATUS = 3
+
 # $1: where to; $2: the SHA-256 of what we wrote there last time, or nothing; $3: the mode;
 # from $4: a command that must accept the draft. Sudo and udev pass over the draft, by its name.
 _WRITE = """\
@@ -29,7 +32,7 @@ set -eu
 target=$1 known=$2 mode=$3; shift 3
 draft=${target%/*}/.${target##*/}.draft
 if [ -e "$target" ] && [ "$(sha256sum <"$target")" != "$known  -" ]; then
-  echo "$target is there and is not what vmsandbox setup wrote; left as it is" >&2; exit 1
+  echo "$target is there and is not what vmsandbox setup wrote; left as it is" >&2; exit 3
 fi
 mkdir -p "${target%/*}"
 trap 'rm -f "$draft"' EXIT
@@ -42,7 +45,7 @@ _REMOVE = """\
 set -eu
 [ -e "$1" ] || exit 0
 if [ "$(sha256sum <"$1")" != "$2  -" ]; then
-  echo "$1 is not what vmsandbox setup wrote; left as it is" >&2; exit 1
+  echo "$1 is not what vmsandbox setup wrote; left as it is" >&2; exit 3
 fi
 rm -f -- "$1"
 """
@@ -52,7 +55,7 @@ set -eu
 entry=$(getent passwd "$1") || exit 0
 case $entry in
   *:"$2":*) userdel "$1" ;;
-  *) echo "user $1 was not made by vmsandbox setup; left as it is" >&2; exit 1 ;;
+  *) echo "user $1 was not made by vmsandbox setup; left as it is" >&2; exit 3 ;;
 esac
 """
 

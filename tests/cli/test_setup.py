@@ -1,17 +1,18 @@
-"""`vmsandbox setup`, for real: on this host, and taken back from it."""
+"""`vmsandbox setup`, for real, on a copy of this host: its own apt, users, sudo and /dev/kvm."""
 
 from __future__ import annotations
 
-import fcntl
+import argparse
 import hashlib
 import json
 import os
-import pwd
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -28,112 +29,141 @@ SCRIPT = (
 )
 
 takes_root = pytest.mark.skipif(
-    os.getuid() != 0 or not all(map(shutil.which, ("apt-get", "sudo", "visudo", "setpriv"))),
-    reason="takes root, apt, sudo and setpriv: it changes this host, and changes it back",
+    os.getuid() != 0 or not all(map(shutil.which, ("apt-get", "visudo", "nsenter", "setpriv"))),
+    reason="takes root, apt, sudo, nsenter and setpriv",
 )
 
+# In a mount namespace of its own whatever is written to these folders lands in a tmpfs, and is
+# gone with it; of the host nothing is changed.
+COPY_OF_THIS_HOST = """
+set -e
+mount -t tmpfs none /mnt
+flock /etc/sudoers.d cp -a /etc /mnt/etc  # the lock of the tests that make users
+mount --bind /mnt/etc /etc
+for folder in var usr; do
+  mkdir -p /mnt/$folder/upper /mnt/$folder/work
+  mount -t overlay overlay /$folder \\
+    -o lowerdir=/$folder,upperdir=/mnt/$folder/upper,workdir=/mnt/$folder/work
+done
+for package in $PACKAGES_THERE; do
+  printf 'Package: %s\\nStatus: install ok installed\\nVersion: 1\\nArchitecture: all\\n' $package
+  printf 'Maintainer: nobody\\nDescription: as if it were\\n\\n'
+done >>/var/lib/dpkg/status
+mknod -m 0600 /mnt/kvm c 10 232
+[ ! -e /dev/kvm ] || mount --bind /mnt/kvm /dev/kvm
+rm -rf /var/lib/vmsandbox /etc/sudoers.d/vmsandbox /etc/udev/rules.d/65-vmsandbox-kvm.rules
+! id qemu-vm >/dev/null 2>&1 || userdel qemu-vm
+useradd --user-group --no-create-home --shell /bin/sh vmst-alice
+echo ready
+exec sleep 280
+"""
+USER = "vmst-alice"
+AS_USER = ("setpriv", f"--reuid={USER}", f"--regid={USER}", "--init-groups", "--")
 
-def run_setup(*words: str, before: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if name != "SUDO_USER"}
-    return subprocess.run(
-        [*before, sys.executable, "-c", SCRIPT, *words],
-        cwd=CHECKOUT,
-        env={**environment, "PYTHONDONTWRITEBYTECODE": "1"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-
-
-def as_user(name: str) -> tuple[str, ...]:
-    entry = pwd.getpwnam(name)
-    return ("setpriv", f"--reuid={entry.pw_uid}", f"--regid={entry.pw_gid}", "--init-groups", "--")
-
-
-def run(*argv: str) -> str:
-    return subprocess.run(argv, capture_output=True, text=True, timeout=60, check=True).stdout
-
-
-def exists(name: str) -> bool:
-    try:
-        pwd.getpwnam(name)
-    except KeyError:
-        return False
-    return True
+Done = subprocess.CompletedProcess[str]
 
 
-def state_of_host() -> dict[str, object]:
-    """All that a setup may change."""
-    sudoers = Path("/etc/sudoers.d")
-    rules = Path("/etc/udev/rules.d")
-    return {
-        "packages": run("dpkg-query", "-W", "-f", "${Package} ${db:Status-Status}\n"),
-        "users": [line for line in run("getent", "passwd").splitlines() if "vmst" not in line],
-        "groups": [line for line in run("getent", "group").splitlines() if "vmst" not in line],
-        "sudoers": {
-            path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in sudoers.iterdir()
-            if "vmst" not in path.name
-        },
-        "rules": sorted(rules.iterdir()) if rules.exists() else [],
-        "kvm": run("getfacl", "-cp", "/dev/kvm") if Path("/dev/kvm").exists() else "",
-        "record": RECORD.exists(),
-    }
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Copy:
+    """A copy of this host, which a process holds."""
 
+    holder: int
 
-@contextmanager
-def user_database() -> Iterator[None]:
-    """The lock under which the tests of all rooms add and remove users."""
-    descriptor = os.open("/etc/sudoers.d", os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+    def path(self, path: str | Path) -> Path:
+        """The copy's file of that name."""
+        return Path(f"/proc/{self.holder}/root{path}")
+
+    def run(self, *argv: str) -> Done:
+        return subprocess.run(
+            ["nsenter", f"--mount=/proc/{self.holder}/ns/mnt", "--", *argv],
+            env={
+                **{name: text for name, text in os.environ.items() if name != "SUDO_USER"},
+                "PYTHONPATH": str(CHECKOUT),
+                "PYTHONDONTWRITEBYTECODE": "1",
+            },
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=250,
+            check=False,
+        )
+
+    def setup(self, *words: str) -> Done:
+        return self.run(sys.executable, "-c", SCRIPT, *words)
+
+    def has_user(self, name: str) -> bool:
+        return self.run("getent", "passwd", name).returncode == 0
+
+    def state(self) -> dict[str, object]:
+        """All that a setup may change."""
+        sudoers, rules = self.path("/etc/sudoers.d"), self.path("/etc/udev/rules.d")
+        return {
+            "packages": self.run("dpkg-query", "-W").stdout,
+            "users": self.run("getent", "passwd").stdout,
+            "groups": self.run("getent", "group").stdout,
+            "sudoers": {
+                path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+                for path in sudoers.iterdir()
+            },
+            "rules": sorted(path.name for path in rules.iterdir()) if rules.exists() else [],
+            "kvm": self.run("getfacl", "-cp", "/dev/kvm").stdout,
+            "record": self.path(RECORD).exists(),
+        }
 
 
 @pytest.fixture
-def host_to_change() -> Iterator[str]:
-    """This host, for this test alone, with an ordinary user made for it; the user's name."""
-    with user_database():
-        if RECORD.exists() or Path(SUDOERS_FILE).exists() or Path(UDEV_FILE).exists():
-            pytest.skip("takes a host that nobody has set up: this one is, and stays so")
-        if exists("qemu-vm"):
-            pytest.skip("takes a host without qemu-vm: this one has it, and it is left alone")
-        name = f"vmst{os.getpid()}s"
-        run("useradd", "--user-group", "--no-create-home", "--shell", "/bin/sh", name)
+def raw_copy() -> Iterator[Copy]:
+    """A copy of this host that nobody has set up, with an ordinary user."""
+    with held_copy(packages_there=()) as copy:
+        yield copy
+
+
+@pytest.fixture
+def copy() -> Iterator[Copy]:
+    """The same where dpkg believes that all packages are there, which saves their installing."""
+    missing = [name for name in PACKAGES if not setup._has_package(name)]
+    with held_copy(packages_there=missing) as copy:
+        yield copy
+
+
+@contextmanager
+def held_copy(*, packages_there: Sequence[str]) -> Iterator[Copy]:
+    with subprocess.Popen(
+        ["unshare", "--mount", "sh", "-c", COPY_OF_THIS_HOST],
+        env={**os.environ, "PACKAGES_THERE": " ".join(packages_there)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as holder:
         try:
-            yield name
+            assert holder.stdout is not None
+            assert holder.stderr is not None
+            if holder.stdout.readline() != "ready\n":
+                pytest.skip(f"takes overlayfs and useradd: {holder.stderr.read()[-300:]}")
+            yield Copy(holder=holder.pid)
         finally:
-            run_setup("--undo")
-            run("userdel", name)
+            holder.send_signal(signal.SIGKILL)
 
 
 @takes_root
-def test_a_setup_is_said_done_repeated_and_taken_back_without_a_trace(host_to_change: str) -> None:
-    user = host_to_change
-    before = state_of_host()
+def test_a_setup_is_said_done_repeated_and_taken_back_without_a_trace(raw_copy: Copy) -> None:
+    before = raw_copy.state()
 
-    dry = run_setup("--dry-run", "--user", user)
-    untouched = state_of_host()
-    done = run_setup("--user", user)
-    if "install the packages" in done.stdout and done.returncode:
-        run_setup("--undo")
+    dry = raw_copy.setup("--dry-run", "--user", USER)
+    untouched = raw_copy.state()
+    done = raw_copy.setup("--user", USER)
+    if "failed: install the packages" in done.stderr:
         pytest.skip(f"takes a reachable apt source: {done.stderr[-300:]}")
-    changed = state_of_host()
-    repeated = run_setup("--user", user)
-    after_repeat = state_of_host()
-    as_qemu_vm = run(*as_user(user), "sudo", "-n", "-u", "qemu-vm", "--", "id", "-un")
-    as_root = subprocess.run(
-        [*as_user(user), "sudo", "-n", "true"], capture_output=True, timeout=20, check=False
-    )
-    made = pwd.getpwnam("qemu-vm")
-    mode = Path(SUDOERS_FILE).stat().st_mode & 0o777
-    missing_packages = [name for name in PACKAGES if not setup._has_package(name)]
-    undone = run_setup("--undo")
-    undone_again = run_setup("--undo")
+    changed = raw_copy.state()
+    repeated = raw_copy.setup("--user", USER)
+    after_repeat = raw_copy.state()
+    as_qemu_vm = raw_copy.run(*AS_USER, "sudo", "-n", "-u", "qemu-vm", "--", "id", "-un")
+    as_root = raw_copy.run(*AS_USER, "sudo", "-n", "true")
+    made = raw_copy.run("getent", "passwd", "qemu-vm").stdout.strip().split(":")
+    mode = raw_copy.path(SUDOERS_FILE).stat().st_mode & 0o777
+    installed = raw_copy.run("dpkg-query", "-W", "-f", "${Status}\n", *PACKAGES).stdout.splitlines()
+    undone = raw_copy.setup("--undo")
+    undone_again = raw_copy.setup("--undo")
 
     assert dry.returncode == 0
     assert "would make the system user qemu-vm" in dry.stdout
@@ -142,77 +172,103 @@ def test_a_setup_is_said_done_repeated_and_taken_back_without_a_trace(host_to_ch
     steps = [line.removesuffix(" ...") for line in done.stdout.splitlines()]
     assert steps == [line.removeprefix("would ") for line in dry.stdout.splitlines()]
     assert changed != before
-    assert missing_packages == []
-    assert (made.pw_shell, made.pw_dir) == ("/usr/sbin/nologin", "/nonexistent")
+    assert installed == ["install ok installed"] * len(PACKAGES)
+    assert made[5:] == ["/nonexistent", "/usr/sbin/nologin"]
     assert mode == 0o440
-    assert as_qemu_vm == "qemu-vm\n"
+    assert as_qemu_vm.stdout == "qemu-vm\n"
     assert as_root.returncode != 0
     assert repeated.stdout == "nothing to do: every step is done\n"
     assert after_repeat == changed
     assert undone.returncode == 0, undone.stdout + undone.stderr
-    assert state_of_host() == before
+    assert raw_copy.state() == before
     assert undone_again.stdout == "nothing to undo\n"
 
 
 @takes_root
-def test_what_was_there_before_stays_after_an_undo(host_to_change: str) -> None:
-    user = host_to_change
-    run("useradd", "--system", "--no-create-home", "--shell", "/usr/sbin/nologin", "qemu-vm")
-    try:
-        before = state_of_host()
+def test_what_was_there_before_stays_after_an_undo(copy: Copy) -> None:
+    copy.run("useradd", "--system", "--shell", "/usr/sbin/nologin", "qemu-vm")
+    before = copy.state()
 
-        done = run_setup("--user", user)
-        undone = run_setup("--undo")
+    done = copy.setup("--user", USER)
+    undone = copy.setup("--undo")
 
-        assert done.returncode == 0 or "install the packages" in done.stdout
-        assert "make the system user" not in done.stdout
-        assert undone.returncode == 0, undone.stderr
-        assert state_of_host() == before
-    finally:
-        run("userdel", "qemu-vm")
+    assert done.returncode == 0, done.stderr
+    assert "make the system user" not in done.stdout
+    assert undone.returncode == 0, undone.stderr
+    assert copy.state() == before
 
 
 @takes_root
-def test_a_sudoers_file_of_somebody_elses_is_left_alone(host_to_change: str) -> None:
-    theirs = Path(SUDOERS_FILE)
-    theirs.write_text("# theirs\n")
-    theirs.chmod(0o440)
-    try:
-        done = run_setup("--user", host_to_change)
+def test_a_sudoers_file_of_somebody_elses_is_left_alone(copy: Copy) -> None:
+    copy.path(SUDOERS_FILE).write_text("# theirs\n")
+    before = copy.state()
 
-        assert done.returncode == 1
-        if "packages" not in done.stderr:
-            assert "left as it is" in done.stderr
-        assert theirs.read_text() == "# theirs\n"
-        undone = run_setup("--undo")
-        assert theirs.read_text() == "# theirs\n"
-        assert not exists("qemu-vm"), undone.stdout
-    finally:
-        theirs.unlink()
-        RECORD.unlink(missing_ok=True)
+    done = copy.setup("--user", USER)
+    recorded = copy.path(RECORD).read_text()
+    undone = copy.setup("--undo")
+
+    assert done.returncode == 1
+    assert "left as it is" in done.stderr
+    assert SUDOERS_FILE not in recorded
+    assert undone.returncode == 0, undone.stdout + undone.stderr
+    assert copy.state() == before
 
 
 @takes_root
-def test_who_may_not_is_given_the_commands(host_to_change: str) -> None:
-    before = state_of_host()
+def test_a_file_that_was_changed_since_stays_and_the_rest_is_undone(copy: Copy) -> None:
+    done = copy.setup("--user", USER)
+    with copy.path(SUDOERS_FILE).open("a") as file:
+        file.write("# and a line of theirs\n")
 
-    done = run_setup(before=as_user(host_to_change))
+    undone = copy.setup("--undo")
 
+    assert done.returncode == 0
+    assert undone.returncode == 1
+    assert "left as it is" in undone.stderr
+    assert "theirs" in copy.path(SUDOERS_FILE).read_text()
+    assert not copy.has_user("qemu-vm")
+    assert not copy.path(UDEV_FILE).exists()
+    assert not copy.path(RECORD).exists()
+
+
+@takes_root
+def test_who_may_not_is_given_the_commands(copy: Copy) -> None:
+    before = copy.state()
+
+    done = copy.run(*AS_USER, sys.executable, "-c", SCRIPT)
+
+    if "ModuleNotFoundError" in done.stderr or "Permission denied" in done.stderr:
+        pytest.skip("an ordinary user can't reach this checkout or its interpreter")
     assert done.returncode == 1
     assert "as root" in done.stdout
     assert "useradd --system" in done.stdout
-    assert f"{host_to_change} ALL=(qemu-vm) NOPASSWD: ALL" in done.stdout
-    script = done.stdout[done.stdout.index("set -e") :]
-    assert subprocess.run(["sh", "-n"], input=script, text=True, check=False).returncode == 0
-    assert state_of_host() == before
+    assert f"{USER} ALL=(qemu-vm) NOPASSWD: ALL" in done.stdout
+    assert copy.state() == before
+
+
+@takes_root
+def test_the_administrators_commands_do_what_setup_does(copy: Copy) -> None:
+    told = copy.run(*AS_USER, sys.executable, "-c", SCRIPT).stdout
+    if "set -e" not in told:
+        pytest.skip("an ordinary user can't reach this checkout or its interpreter")
+    script = copy.path("/var/script")
+    script.write_text(told[told.index("set -e") :])
+
+    done = copy.run("sh", "/var/script")
+
+    assert done.returncode == 0, done.stderr
+    assert copy.setup("--user", USER).stdout == "nothing to do: every step is done\n"
 
 
 @pytest.mark.parametrize("user", ["no-such-user-here", "a b", "root,ALL", "-x"])
-def test_a_user_that_is_none_is_refused(user: str) -> None:
-    done = run_setup("--dry-run", f"--user={user}")
+def test_a_user_that_is_none_is_refused(user: str, capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    setup.add_arguments(parser)
 
-    assert done.returncode == 2
-    assert repr(user) in done.stderr
+    status = setup.run(parser.parse_args(["--dry-run", f"--user={user}"]))
+
+    assert status == 2
+    assert repr(user) in capsys.readouterr().err
 
 
 def test_an_administrators_script_holds_the_record_before_each_step() -> None:
