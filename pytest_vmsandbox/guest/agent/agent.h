@@ -101,6 +101,7 @@ struct reader reader_of(void *payload, size_t length);
 
 ssize_t line_receive(int fd);
 bool line_next(struct frame *frame);
+bool line_has_gap(void);
 void line_forget_input(void);
 void line_forget_output(void);
 bool line_has_output(void);

@@ -121,6 +121,9 @@ ssize_t line_receive(int fd)
     return count;
 }
 
+/* Whether line_receive() has room for another page without having to move anything. */
+bool line_has_gap(void) { return sizeof in - in_end >= 4096; }
+
 static void skip_to_magic(void)
 {
     in_start++;

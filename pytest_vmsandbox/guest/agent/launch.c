@@ -131,7 +131,10 @@ static long exec_searching(const struct launch *launch)
             memcpy(path, part, length);
             memcpy(path + length, "/", 1);
             memcpy(path + length + (length > 0), name, name_length + 1);
-            long result = raw(SYS_execve, (long)path, (long)launch->argv, (long)launch->envp, 0);
+            /* Looking first: a failing execve(2) costs milliseconds under emulation. */
+            long result = raw(SYS_faccessat, AT_FDCWD, (long)path, X_OK, 0);
+            if (result == 0)
+                result = raw(SYS_execve, (long)path, (long)launch->argv, (long)launch->envp, 0);
             if (result != -ENOENT && result != -ENOTDIR && result != -EACCES)
                 return result;
             if (result == -EACCES)

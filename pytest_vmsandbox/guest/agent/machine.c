@@ -19,7 +19,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { TERM_GRACE_MS = 2000, KILL_GRACE_MS = 1000, SYNC_GRACE_MS = 10000, PORT_WAIT_MS = 2 };
+enum { TERM_GRACE_MS = 2000, KILL_GRACE_MS = 1000, SYNC_GRACE_MS = 10000, PORT_WAIT_MS = 2, ENTROPY_MAX = 512 };
 
 static const char PORT_NAME[] = "vmsandbox.agent";
 static const char MODULES_SERIAL[] = "vmsandbox-mods";
@@ -196,16 +196,18 @@ int machine_set_clock(uint64_t unix_ns)
 
 int machine_reseed(const unsigned char *entropy, size_t length)
 {
-    struct {
+    union { /* the kernel's struct ends in an array without a length */
         struct rand_pool_info info;
-        unsigned char bytes[512];
-    } pool = {.info = {.entropy_count = (int)length * 8, .buf_size = (int)length}};
-    if (length == 0 || length > sizeof pool.bytes)
+        unsigned char room[sizeof(struct rand_pool_info) + ENTROPY_MAX];
+    } pool;
+    if (length == 0 || length > ENTROPY_MAX)
         return EINVAL;
+    pool.info.entropy_count = (int)length * 8;
+    pool.info.buf_size = (int)length;
     memcpy(pool.info.buf, entropy, length);
     int fd = open("/dev/urandom", O_RDWR | O_CLOEXEC);
     int error = 0;
-    if (fd < 0 || ioctl(fd, RNDADDENTROPY, &pool) < 0 || ioctl(fd, RNDRESEEDCRNG) < 0)
+    if (fd < 0 || ioctl(fd, RNDADDENTROPY, &pool.info) < 0 || ioctl(fd, RNDRESEEDCRNG) < 0)
         error = errno;
     if (fd >= 0)
         close(fd);

@@ -18,11 +18,12 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-enum { AWAY_MS = 50, POLLS_MAX = 2 + 4 * JOBS_MAX };
+enum { PORT_PAGE = 4096, AWAY_MS = 50, POLLS_MAX = 2 + 4 * JOBS_MAX };
 
 static int line_fd = -1, signal_fd = -1;
 static bool line_is_socket;
 static bool host_away; /* virtio-serial: nobody has the other end open */
+static bool line_watched;
 static bool in_session;
 static bool stranger_told;
 static unsigned char session_token[TOKEN_SIZE];
@@ -221,6 +222,8 @@ static void obey(struct frame *frame)
 
 static void handle(struct frame *frame)
 {
+    if (frame->type == FRAME_HELLO && machine_power_step() >= 0)
+        return; /* going down: it is for the next boot's agent to answer */
     if (frame->type == FRAME_HELLO)
         hello(frame);
     else if (in_session)
@@ -241,8 +244,11 @@ static void handle_frames(void)
 
 static void receive(void)
 {
-    ssize_t count = line_receive(line_fd);
+    ssize_t count;
     stranger_told = false;
+    do /* a virtio port gives a page at a time: take what is there before asking poll(2) again */
+        count = line_receive(line_fd);
+    while (count >= PORT_PAGE && line_has_gap());
     if (count > 0)
         return;
     if (count < 0 && (errno == EAGAIN || errno == EINTR))
@@ -336,7 +342,9 @@ static void watch_all(void)
     polled = 0;
     watch(signal_fd, POLLIN, (struct watch){0});
     short events = (short)((line_has_room(0) ? POLLIN : 0) | (line_has_output() ? POLLOUT : 0));
-    watch(host_away ? -1 : line_fd, events, (struct watch){0});
+    line_watched = !host_away;
+    if (line_watched)
+        watch(line_fd, events, (struct watch){0});
     watch_jobs();
 }
 
@@ -382,11 +390,11 @@ static void loop(void)
             continue;
         if (host_away)
             look_for_host();
-        nfds_t first = host_away || polls[1].fd != line_fd ? 1 : 2;
-        if (first == 2 && polls[1].revents & POLLHUP && !line_is_socket) {
+        nfds_t first = line_watched ? 2 : 1;
+        if (line_watched && polls[1].revents & POLLHUP && !line_is_socket) {
             host_away = true;
             line_forget_input();
-        } else if (first == 2 && polls[1].revents & (POLLIN | POLLHUP | POLLERR)) {
+        } else if (line_watched && polls[1].revents & (POLLIN | POLLHUP | POLLERR)) {
             receive();
         }
         turn++; /* begin with another stream each time, so that none starves */
