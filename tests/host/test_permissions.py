@@ -118,6 +118,7 @@ def test_the_uid_of_the_user_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) 
 
     assert first == 1
     assert get_qemu_vm_uid() == 1
+    assert get_qemu_vm_uid.cache_parameters()["maxsize"] == 1
 
 
 @pytest.mark.usefixtures("missing_user")
