@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -120,6 +122,13 @@ def test_any_value_in_any_field_is_taken_or_refused(field: str, value: object) -
 def test_bytes_that_are_no_manifest_are_refused(garbage: bytes) -> None:
     with pytest.raises(RequestInvalid, match="there"):
         parse_manifest(garbage, source="there")
+
+
+def test_the_example_in_the_documentation_is_sound() -> None:
+    page = Path(__file__).parents[2] / "docs" / "images.md"
+    (example,) = re.findall(r"```json\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+
+    assert parse_manifest(example.encode(), source="docs/images.md").name == "mine"
 
 
 def test_endless_or_bottomless_documents_are_refused() -> None:
