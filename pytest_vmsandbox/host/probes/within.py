@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from importlib.resources import files
+from pathlib import Path
 
 from pytest_vmsandbox.host.facts import Capability, Fact, Tier, Verdict, fact_of
 from pytest_vmsandbox.host.trial import Trial, failed
@@ -17,6 +17,7 @@ _WAYS: dict[Tier, tuple[str, ...]] = {
     Tier.USERNS: (),
     Tier.BARE: (),
 }
+_INSIDE = Path(__file__).with_name("inside.py")
 _PYTHON = (sys.executable, "-I", "-S")
 
 # The inside ends itself a little before we give up on it: behind sudo we may not kill it.
@@ -36,7 +37,7 @@ async def probe_within(
     through = ("userns",) if in_namespaces and tier in (Tier.QEMU_VM, Tier.USERNS) else ()
     outcome = await trial.run(
         render_start(tier, "-", capability.value, seconds, trial.search_path, *through),
-        stdin=files(__package__).joinpath("inside.py").read_bytes(),
+        stdin=_INSIDE.read_bytes(),
     )
     if not outcome.ok:
         return failed(capability, outcome, remedy=remedy)
