@@ -35,7 +35,7 @@ def test_a_wrong_mark_is_an_error_at_collection(run_pytest: Run, mark: str, mess
     """)
 
     result.assert_outcomes(errors=1)
-    result.stdout.fnmatch_lines(["*test_a_wrong_mark*.py:3: test_marked: *", message])
+    result.stdout.fnmatch_lines([f"*test_a_wrong_mark*.py:3: test_marked: {message}"])
     assert "it must not run" not in result.stdout.str()
 
 
