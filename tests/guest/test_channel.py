@@ -125,7 +125,7 @@ async def test_a_new_session_can_let_the_former_ones_processes_run_on(channel: C
 
     assert await again.stdout.read() == b"heard\n"
     assert Path(f"/proc/{process.pid}").exists()
-    await (await channel.spawn(ExecRequest(argv=["kill", "-9", f"-{process.pid}"]))).wait()
+    os.killpg(process.pid, signal.SIGKILL)
 
 
 async def test_the_restore_id_is_remembered_by_the_agent(channel: Channel) -> None:
