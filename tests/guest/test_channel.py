@@ -137,7 +137,12 @@ async def test_the_restore_id_is_remembered_by_the_agent(channel: Channel) -> No
 
 async def test_the_end_of_the_agent_ends_every_wait(channel: Channel) -> None:
     told: list[BaseException] = []
-    channel.on_lost = told.append
+
+    def find_out(error: ChannelLost) -> None:
+        told.append(error)
+        channel.fail(error)
+
+    channel.on_lost = find_out
     process = await channel.spawn(ExecRequest(argv=["sh", "-c", "echo $PPID; sleep 100"]))
     agent = int(await process.stdout.readline())
     waits = [
@@ -153,7 +158,7 @@ async def test_the_end_of_the_agent_ends_every_wait(channel: Channel) -> None:
     assert len(told) == 1
     with pytest.raises(ChannelLost):
         await channel.spawn(ExecRequest(argv=["true"]))
-    os.kill(process.pid, signal.SIGKILL)
+    os.killpg(process.pid, signal.SIGKILL)
 
 
 async def test_every_wait_raises_what_the_machine_says(channel: Channel) -> None:

@@ -6,10 +6,12 @@ import asyncio
 import hashlib
 import os
 import random
+import shutil
 import socket
 import stat
+import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -25,14 +27,16 @@ Facts = dict[str, tuple[object, ...]]
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Path:
-    """A directory that an ordinary user's agent can reach and write to."""
-    for folder in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
-        folder.chmod(folder.stat().st_mode | 0o011)
-    inside = tmp_path / "guest"
+def place() -> Iterator[Path]:
+    """A directory that an ordinary user's agent can reach and write to; beside it is the host's."""
+    # Not below tmp_path: each pytest that root starts closes its base directory to others again.
+    folder = Path(tempfile.mkdtemp(prefix="vmsandbox-place-"))
+    folder.chmod(0o711)
+    inside = folder / "guest"
     inside.mkdir()
     inside.chmod(0o777)
-    return inside
+    yield inside
+    shutil.rmtree(folder)
 
 
 def facts_of(root: Path) -> Facts:
