@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
+from pytest_vmsandbox.errors import ChannelLost
 from pytest_vmsandbox.guest.frames import ProtocolViolated
 from pytest_vmsandbox.guest.job import Job
 from pytest_vmsandbox.guest.messages import KEEP_MODE, NO_LIMIT, TransferKind, guest_error
@@ -26,6 +27,8 @@ _ERRNO_SIZE = 4
 
 class Transfers(Protocol):
     """What a transfer needs of the channel."""
+
+    name: str
 
     def start_transfer(self, kind: TransferKind, **fields: object) -> Job:
         """Start one."""
@@ -169,6 +172,6 @@ def _leave(channel: Transfers, job: Job) -> None:
 
 
 def _distrust(channel: Transfers, cause: str) -> BaseException:
-    channel.line_broke(f"the guest broke the protocol: {cause}")
-    assert channel.lost is not None
-    return fresh(channel.lost)
+    cause = f"the guest broke the protocol: {cause}"
+    channel.line_broke(cause)
+    return fresh(channel.lost) if channel.lost else ChannelLost(channel.name, cause)
