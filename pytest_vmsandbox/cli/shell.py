@@ -75,7 +75,7 @@ async def _follow_size(shell: GuestProcess) -> None:
         await asyncio.sleep(0.5)
         if (size := shutil.get_terminal_size()) != known:
             known = size
-            await shell.resize(size.lines, size.columns)
+            await shell.resize(rows=size.lines, columns=size.columns)
 
 
 @contextmanager

@@ -120,7 +120,9 @@ class Channel:
 
     def __init__(self, *, name: str, silence_s: float = SILENCE_S) -> None:
         self.name = name
-        self.on_lost: Callable[[BaseException], None] | None = None
+        # Told when the line breaks by itself. A line that breaks is mostly a sign of something
+        # else: whoever listens finds out what, and says it by fail(); until then waits go on.
+        self.on_lost: Callable[[ChannelLost], None] = self.fail
         self._line = Line(self)
         self._jobs: dict[int, Job] = {}
         self._replies: dict[int, _Reply] = {}
@@ -429,11 +431,9 @@ class Channel:
 
     def line_broke(self, cause: str) -> None:
         """Part of line.Listener; also what the heartbeat says."""
-        error = ChannelLost(self.name, cause)
-        told = self.on_lost
-        self._lose(error)
-        if told is not None:
-            told(error)
+        self._line.abort()
+        self.heartbeat.want(wanted=False)
+        self.on_lost(ChannelLost(self.name, cause))
 
     def fail(self, error: BaseException) -> None:
         """The guest is gone, says who knows: every wait, now and later, raises `error`."""

@@ -20,8 +20,8 @@ class AsyncMachineConsole(ConsoleFace):
 
         Raises TimedOut after `timeout` seconds (30) with the last lines.
         """
-        return await self._engine.bridge(
-            self._controller.wait_for_console(pattern, timeout=timeout)
+        return await self._caller.bridge(
+            self._caller.controller.wait_for_console(pattern, timeout=timeout)
         )
 
 
@@ -69,13 +69,13 @@ class AsyncMachine(Face):
         Streams are text in `encoding`, bytes where it is None. With `pty=True` it gets a
         terminal of `rows` and `columns`, and stdout carries all that it prints.
         """
-        started = await self._engine.bridge(self._controller.popen(command, **options))
-        return AsyncProcess(started, self._engine, encoding=encoding)
+        started = await self._caller.bridge(self._controller.popen(command, **options))
+        return AsyncProcess(started, self._caller, encoding=encoding)
 
     @property
     def console(self) -> AsyncMachineConsole:
         """Its serial console."""
-        return AsyncMachineConsole(self._controller, self._engine)
+        return AsyncMachineConsole(self._caller)
 
     power_on = awaitable(MachineController.power_on)
     power_cut = awaitable(MachineController.power_cut)

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 
 from pytest_vmsandbox.guest.process import GuestProcess
 from pytest_vmsandbox.guest.streams import ReadStream, WriteStream
-from pytest_vmsandbox.machine.engine import Engine
+from pytest_vmsandbox.machine.caller import Caller
 from pytest_vmsandbox.machine.process import close, wait_for
 
 CHUNK = 64 * 1024
@@ -17,9 +17,9 @@ CHUNK = 64 * 1024
 class AsyncReader:
     """What a command prints: `str` in the encoding asked for, or `bytes` without one."""
 
-    def __init__(self, stream: ReadStream, engine: Engine, *, encoding: str | None) -> None:
+    def __init__(self, stream: ReadStream, caller: Caller, *, encoding: str | None) -> None:
         self._stream = stream
-        self._engine = engine
+        self._caller = caller
         self._decoder = (
             codecs.getincrementaldecoder(encoding)(errors="backslashreplace") if encoding else None
         )
@@ -27,11 +27,11 @@ class AsyncReader:
 
     async def read(self, size: int = -1) -> str | bytes:
         """All up to the end, or what is there, at most `size` bytes; empty at the end."""
-        return self._decoded(await self._engine.bridge(self._stream.read(size)))
+        return self._decoded(await self._caller.bridge(self._stream.read(size)))
 
     async def readline(self) -> str | bytes:
         """One line with its newline; without one at the end, and empty behind it."""
-        return self._decoded(await self._engine.bridge(self._stream.readline()))
+        return self._decoded(await self._caller.bridge(self._stream.readline()))
 
     async def __aiter__(self) -> AsyncIterator[str | bytes]:
         while line := await self.readline():
@@ -39,7 +39,7 @@ class AsyncReader:
 
     async def close(self) -> None:
         """Read no more: a command that still prints gets SIGPIPE."""
-        await self._engine.bridge(close(self._stream))
+        await self._caller.bridge(close(self._stream))
 
     def _decoded(self, data: bytes) -> str | bytes:
         if self._decoder is None:
@@ -50,30 +50,30 @@ class AsyncReader:
 class AsyncWriter:
     """What a command reads."""
 
-    def __init__(self, stream: WriteStream, engine: Engine, *, encoding: str | None) -> None:
+    def __init__(self, stream: WriteStream, caller: Caller, *, encoding: str | None) -> None:
         self._stream = stream
-        self._engine = engine
+        self._caller = caller
         self._encoding = encoding
 
     async def write(self, data: str | bytes) -> None:
         """Send it; returns once the guest has room for all of it."""
         content = data.encode(self._encoding or "utf-8") if isinstance(data, str) else data
-        await self._engine.bridge(self._stream.write(content))
+        await self._caller.bridge(self._stream.write(content))
 
     async def close(self) -> None:
         """The end of the input."""
-        await self._engine.bridge(self._stream.close())
+        await self._caller.bridge(self._stream.close())
 
 
 class AsyncProcess:
     """A command that was started; its streams are awaited."""
 
-    def __init__(self, guest: GuestProcess, engine: Engine, *, encoding: str | None) -> None:
+    def __init__(self, guest: GuestProcess, caller: Caller, *, encoding: str | None) -> None:
         self._guest = guest
-        self._engine = engine
-        self.stdin = guest.stdin and AsyncWriter(guest.stdin, engine, encoding=encoding)
-        self.stdout = guest.stdout and AsyncReader(guest.stdout, engine, encoding=encoding)
-        self.stderr = guest.stderr and AsyncReader(guest.stderr, engine, encoding=encoding)
+        self._caller = caller
+        self.stdin = AsyncWriter(guest.stdin, caller, encoding=encoding) if guest.stdin else None
+        self.stdout = AsyncReader(guest.stdout, caller, encoding=encoding)
+        self.stderr = AsyncReader(guest.stderr, caller, encoding=encoding) if guest.stderr else None
 
     @property
     def pid(self) -> int:
@@ -91,11 +91,11 @@ class AsyncProcess:
 
     async def wait(self, *, timeout: float | None = None) -> int:
         """Its exit status once it has ended; TimedOut after `timeout` seconds."""
-        return await self._engine.bridge(wait_for(self._guest, timeout=timeout))
+        return await self._caller.bridge(wait_for(self._guest, timeout=timeout))
 
     async def send_signal(self, number: signal.Signals | int) -> None:
         """Send a signal to its process group; nothing where it has ended."""
-        await self._engine.bridge(self._guest.send_signal(number))
+        await self._caller.bridge(self._guest.send_signal(number))
 
     async def terminate(self) -> None:
         """Send SIGTERM to its process group."""
@@ -103,4 +103,4 @@ class AsyncProcess:
 
     async def kill(self) -> None:
         """End its whole process group (SIGKILL)."""
-        await self._engine.bridge(self._guest.kill())
+        await self._caller.bridge(self._guest.kill())

@@ -40,7 +40,6 @@ from pytest_vmsandbox.machine.command import (
 from pytest_vmsandbox.machine.console import Console
 from pytest_vmsandbox.machine.running import (
     BootStalled,
-    Phase,
     PowerOn,
     Running,
     open_running,
@@ -191,12 +190,12 @@ class MachineController:
     async def pause(self) -> None:
         """Stop the guest's processors where they are."""
         await self.qmp("stop")
-        self._on().phase = Phase.PAUSED
+        self._on().channel.heartbeat.suspend()
 
     async def resume(self) -> None:
         """Let the guest's processors go on."""
         await self.qmp("cont")
-        self._on().phase = Phase.RUNNING
+        self._on().channel.heartbeat.resume()
 
     async def close(self) -> None:
         """End it for good: neither process nor file of it is left. Safe to repeat."""

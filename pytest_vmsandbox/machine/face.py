@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Coroutine, Mapping
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypedDict, TypeVar
 
-from pytest_vmsandbox.errors import MachineFailed
+from pytest_vmsandbox.machine.caller import Caller
 from pytest_vmsandbox.machine.console import Console
 from pytest_vmsandbox.machine.controller import MachineController, MachineFacts
 from pytest_vmsandbox.machine.engine import Engine
@@ -46,7 +45,7 @@ class Face:
 
     def __init__(self, controller: MachineController, engine: Engine) -> None:
         self._controller = controller
-        self._engine = engine
+        self._caller = Caller(controller, engine)
 
     @property
     def name(self) -> str:
@@ -75,9 +74,8 @@ class Face:
 class ConsoleFace:
     """The serial console as a test sees it."""
 
-    def __init__(self, controller: MachineController, engine: Engine) -> None:
-        self._controller = controller
-        self._engine = engine
+    def __init__(self, caller: Caller) -> None:
+        self._caller = caller
 
     @property
     def text(self) -> str:
@@ -90,17 +88,7 @@ class ConsoleFace:
 
     @property
     def _console(self) -> Console:
-        return self._controller.console
-
-
-@contextmanager
-def _telling(controller: MachineController) -> Iterator[None]:
-    """Note that the caller is told what the machine died of, when he is."""
-    try:
-        yield
-    except MachineFailed:
-        controller.failure_was_told = True
-        raise
+        return self._caller.controller.console
 
 
 Verb = Callable[Concatenate[MachineController, P], Coroutine[Any, Any, T]]
@@ -111,8 +99,7 @@ def blocking(verb: Verb[P, T]) -> Callable[Concatenate[Face, P], T]:
 
     @wraps(verb)
     def call(self: Face, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        with _telling(self._controller):
-            return self._engine.run(verb(self._controller, *args, **kwargs))
+        return self._caller.run(verb(self._controller, *args, **kwargs))
 
     return call
 
@@ -122,7 +109,6 @@ def awaitable(verb: Verb[P, T]) -> Callable[Concatenate[Face, P], Coroutine[Any,
 
     @wraps(verb)
     async def call(self: Face, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        with _telling(self._controller):
-            return await self._engine.bridge(verb(self._controller, *args, **kwargs))
+        return await self._caller.bridge(verb(self._controller, *args, **kwargs))
 
     return call

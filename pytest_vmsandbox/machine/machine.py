@@ -20,7 +20,7 @@ class MachineConsole(ConsoleFace):
 
         Raises TimedOut after `timeout` seconds (30) with the last lines.
         """
-        return self._engine.run(self._controller.wait_for_console(pattern, timeout=timeout))
+        return self._caller.run(self._caller.controller.wait_for_console(pattern, timeout=timeout))
 
 
 class Machine(Face):
@@ -67,13 +67,13 @@ class Machine(Face):
         Streams are text in `encoding`, bytes where it is None. With `pty=True` it gets a
         terminal of `rows` and `columns`, and stdout carries all that it prints.
         """
-        started = self._engine.run(self._controller.popen(command, **options))
-        return Process(started, self._engine, encoding=encoding)
+        started = self._caller.run(self._controller.popen(command, **options))
+        return Process(started, self._caller, encoding=encoding)
 
     @property
     def console(self) -> MachineConsole:
         """Its serial console."""
-        return MachineConsole(self._controller, self._engine)
+        return MachineConsole(self._caller)
 
     power_on = blocking(MachineController.power_on)
     power_cut = blocking(MachineController.power_cut)

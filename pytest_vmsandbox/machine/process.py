@@ -11,7 +11,7 @@ from pytest_vmsandbox.deadline import Deadline
 from pytest_vmsandbox.errors import TimedOut
 from pytest_vmsandbox.guest.process import GuestProcess
 from pytest_vmsandbox.guest.streams import ReadStream, WriteStream
-from pytest_vmsandbox.machine.engine import Engine
+from pytest_vmsandbox.machine.caller import Caller
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 class Process:
     """A command that was started; streams are files as `subprocess` gives them."""
 
-    def __init__(self, guest: GuestProcess, engine: Engine, *, encoding: str | None) -> None:
+    def __init__(self, guest: GuestProcess, caller: Caller, *, encoding: str | None) -> None:
         self._guest = guest
-        self._engine = engine
-        self.stdin = _writer(guest.stdin, engine, encoding)
-        self.stdout = _reader(guest.stdout, engine, encoding)
-        self.stderr = _reader(guest.stderr, engine, encoding)
+        self._caller = caller
+        self.stdin = _writer(guest.stdin, caller, encoding) if guest.stdin else None
+        self.stdout = _reader(guest.stdout, caller, encoding)
+        self.stderr = _reader(guest.stderr, caller, encoding) if guest.stderr else None
 
     @property
     def pid(self) -> int:
@@ -43,11 +43,11 @@ class Process:
 
     def wait(self, *, timeout: float | None = None) -> int:
         """Its exit status once it has ended; TimedOut after `timeout` seconds."""
-        return self._engine.run(wait_for(self._guest, timeout=timeout))
+        return self._caller.run(wait_for(self._guest, timeout=timeout))
 
     def send_signal(self, number: signal.Signals | int) -> None:
         """Send a signal to its process group; nothing where it has ended."""
-        self._engine.run(self._guest.send_signal(number))
+        self._caller.run(self._guest.send_signal(number))
 
     def terminate(self) -> None:
         """Send SIGTERM to its process group."""
@@ -55,7 +55,7 @@ class Process:
 
     def kill(self) -> None:
         """End its whole process group (SIGKILL)."""
-        self._engine.run(self._guest.kill())
+        self._caller.run(self._guest.kill())
 
 
 async def close(stream: ReadStream) -> None:
@@ -78,59 +78,55 @@ async def wait_for(guest: GuestProcess, *, timeout: float | None) -> int:
 class _Source(io.RawIOBase):
     """A guest's stream as a raw file (io.RawIOBase)."""
 
-    def __init__(self, stream: ReadStream, engine: Engine) -> None:
+    def __init__(self, stream: ReadStream, caller: Caller) -> None:
         self._stream = stream
-        self._engine = engine
+        self._caller = caller
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: WriteableBuffer) -> int:
         view = memoryview(buffer).cast("B")
-        data = self._engine.run(self._stream.read(len(view)))
+        data = self._caller.run(self._stream.read(len(view)))
         view[: len(data)] = data
         return len(data)
 
     def close(self) -> None:
         if not self.closed:
-            self._engine.run(close(self._stream))
+            self._caller.run(close(self._stream))
         super().close()
 
 
 class _Sink(io.RawIOBase):
     """A guest's stdin as a raw file; nothing is held back, so that no flush can be forgotten."""
 
-    def __init__(self, stream: WriteStream, engine: Engine) -> None:
+    def __init__(self, stream: WriteStream, caller: Caller) -> None:
         self._stream = stream
-        self._engine = engine
+        self._caller = caller
 
     def writable(self) -> bool:
         return True
 
     def write(self, data: ReadableBuffer) -> int:
         content = bytes(data)
-        self._engine.run(self._stream.write(content))
+        self._caller.run(self._stream.write(content))
         return len(content)
 
     def close(self) -> None:
         if not self.closed:
-            self._engine.run(self._stream.close())
+            self._caller.run(self._stream.close())
         super().close()
 
 
-def _reader(stream: ReadStream | None, engine: Engine, encoding: str | None) -> IO[Any] | None:
-    if stream is None:
-        return None
-    buffered = io.BufferedReader(_Source(stream, engine), buffer_size=64 * 1024)
+def _reader(stream: ReadStream, caller: Caller, encoding: str | None) -> IO[Any]:
+    buffered = io.BufferedReader(_Source(stream, caller), buffer_size=64 * 1024)
     if encoding is None:
         return buffered
     return io.TextIOWrapper(buffered, encoding=encoding, errors="backslashreplace", newline="")
 
 
-def _writer(stream: WriteStream | None, engine: Engine, encoding: str | None) -> IO[Any] | None:
-    if stream is None:
-        return None
-    raw = _Sink(stream, engine)
+def _writer(stream: WriteStream, caller: Caller, encoding: str | None) -> IO[Any]:
+    raw = _Sink(stream, caller)
     if encoding is None:
         return raw  # type: ignore[return-value]  # RawIOBase is IO[bytes] in all that we promise
     # TextIOWrapper asks of its buffer only what a raw file has too.

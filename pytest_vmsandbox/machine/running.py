@@ -8,7 +8,6 @@ import socket
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
-from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -52,15 +51,6 @@ class BootStalled(BootFailed):
     """The boot showed no sign of life for so long that it hangs; another try may not."""
 
 
-class Phase(Enum):
-    """What a powered-on machine can be in."""
-
-    RUNNING = "running"
-    PAUSED = "paused"
-    ENDING = "ending"
-    GONE = "gone"
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PowerOn:
     """How a machine is to be started.
@@ -89,7 +79,6 @@ class Running:
 
     def __init__(self, order: PowerOn, console: Console, process: VmmProcess) -> None:
         self.order = order
-        self.phase = Phase.RUNNING
         self.process = process
         self.failure: MachineFailed | None = None
         self.troubles: list[KernelTrouble] = []
@@ -101,6 +90,8 @@ class Running:
         self._status = "starting"
         self._tasks: set[asyncio.Task[None]] = set()
         self._greeting: asyncio.Task[None] | None = None
+        # Once its end is asked for, nothing that happens to it is a failure.
+        self._ending = False
         self._failed = asyncio.Event()
         self._reset = asyncio.Event()
         self._answering = asyncio.Event()
@@ -161,11 +152,11 @@ class Running:
     @asynccontextmanager
     async def expecting_its_end(self) -> AsyncIterator[None]:
         """In this block the guest may power itself off without that being a failure."""
-        self.phase = Phase.ENDING
+        self._ending = True
         try:
             yield
         except BaseException:
-            self.phase = Phase.RUNNING
+            self._ending = False
             raise
 
     async def vital_signs(self) -> str:
@@ -181,9 +172,8 @@ class Running:
 
     def fail(self, error: MachineFailed) -> None:
         """Record what it died of and tell everyone who waits for it; only the first counts."""
-        if self.failure is None and self.phase is not Phase.ENDING:
+        if self.failure is None and not self._ending:
             self.failure = error
-            self.phase = Phase.GONE
             self._console.fail(error)
             self._failed.set()
             if self._channel is not None:
@@ -261,7 +251,7 @@ class Running:
     async def close(self) -> None:
         """Kill the VMM and let go of every line; who still waits for it gets ChannelLost."""
         ended_by_us = self.failed(ChannelLost, "the machine was ended")
-        self.phase = Phase.ENDING
+        self._ending = True
         self.process.kill()
         for task in self._tasks:
             task.cancel()
@@ -294,16 +284,15 @@ class Running:
         else:
             self.fail(self.failed(VmmDied, f"the VMM ended by itself, with {returncode}"))
 
-    def _channel_lost(self, error: BaseException) -> None:
+    def _channel_lost(self, error: ChannelLost) -> None:
         self._spawn(self._explain_loss(error))
 
-    async def _explain_loss(self, error: BaseException) -> None:
+    async def _explain_loss(self, error: ChannelLost) -> None:
         """A line that breaks is mostly a sign of something else: wait for its reason."""
         with suppress(TimeoutError):
             async with asyncio.timeout(REASON_S):
                 await self._failed.wait()
-        cause = error.cause if isinstance(error, ChannelLost) else str(error)
-        self.fail(self.failed(ChannelLost, cause))
+        self.fail(self.failed(ChannelLost, error.cause))
 
     async def _watch_stall(self) -> None:
         seen = -1

@@ -138,8 +138,9 @@ def _skipping_what_is_unfit(item: pytest.Item) -> Iterator[None]:
 
 
 def _is_required(unfit: HostUnfit, required: frozenset[str]) -> bool:
-    codes = tuple(f"VMS-{word.replace('_', '-').upper()}-" for word in required)
-    return "all" in required or unfit.code.startswith(codes)
+    from pytest_vmsandbox.host.facts import capability_of
+
+    return "all" in required or capability_of(unfit.code) in required
 
 
 def _needs_machine(item: pytest.Item) -> bool:

@@ -67,7 +67,7 @@ def _render_base(config: QemuConfig) -> Iterator[str]:
     yield from ("-action", "panic=pause")
     yield from ("-machine", _machine(config))
     yield from ("-accel", _accel(config))
-    yield from ("-cpu", "host" if config.accel == "kvm" else "max")
+    yield from ("-cpu", _cpu(config))
     yield from ("-m", f"{config.memory_mib}M", "-smp", str(config.cpus))
     yield from (
         "-sandbox",
@@ -105,9 +105,17 @@ def _render_devices(config: QemuConfig) -> Iterator[str]:
         yield from ("-device", "pvpanic-pci")
 
 
+def _cpu(config: QemuConfig) -> str:
+    if config.accel == "kvm":
+        return "host"
+    # TCG runs `rep movsb` byte by byte. A kernel that is told of "enhanced" and "fast short" rep
+    # movsb copies everything with it; without them it copies words, some four times as fast.
+    return "max,erms=off,fsrm=off"
+
+
 def _machine(config: QemuConfig) -> str:
     if config.machine_type is MachineType.Q35:
-        return "q35,usb=off,smbus=off,sata=off,vmport=off,hpet=off,graphics=off"
+        return "q35,usb=off,smbus=off,sata=off,smm=off,vmport=off,hpet=off,graphics=off"
     clocks = "" if config.accel == "kvm" else ",pit=on,pic=on"
     return f"microvm,rtc=on,auto-kernel-cmdline=on{clocks}"
 

@@ -1,5 +1,4 @@
 # The real thing is looked at with plain calls: a test's loop has nothing else to do meanwhile.
-# ruff: noqa: ASYNC110, ASYNC240
 from __future__ import annotations
 
 import asyncio

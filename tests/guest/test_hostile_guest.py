@@ -1,7 +1,6 @@
 """What a guest can do to its host: end its own channel, and nothing else."""
 
 # The real thing is looked at with plain calls: a test's loop has nothing else to do meanwhile.
-# ruff: noqa: ASYNC240
 from __future__ import annotations
 
 import asyncio

@@ -1,7 +1,6 @@
 """What changes the machine: only in namespaces of our own, or refused."""
 
 # The real thing is looked at with plain calls: a test's loop has nothing else to do meanwhile.
-# ruff: noqa: ASYNC240
 from __future__ import annotations
 
 import os

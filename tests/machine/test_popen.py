@@ -12,7 +12,6 @@ from pytest_vmsandbox import AsyncMachine, Machine, TimedOut
 def test_a_conversation_line_by_line(vm_module: Machine) -> None:
     process = vm_module.popen('while read line; do echo "<$line>"; done')
     assert process.stdin is not None
-    assert process.stdout is not None
 
     process.stdin.write("one\n")
     assert process.stdout.readline() == "<one>\n"
@@ -27,7 +26,6 @@ def test_a_conversation_line_by_line(vm_module: Machine) -> None:
 def test_streams_are_bytes_without_an_encoding(vm_module: Machine) -> None:
     process = vm_module.popen(["cat"], encoding=None)
     assert process.stdin is not None
-    assert process.stdout is not None
 
     process.stdin.write(b"\xff\x00\n")
     process.stdin.close()
@@ -37,7 +35,6 @@ def test_streams_are_bytes_without_an_encoding(vm_module: Machine) -> None:
 
 def test_lines_can_be_iterated(vm_module: Machine) -> None:
     process = vm_module.popen("seq 5")
-    assert process.stdout is not None
 
     assert list(process.stdout) == ["1\n", "2\n", "3\n", "4\n", "5\n"]
 
@@ -46,7 +43,6 @@ def test_poll_does_not_wait_and_signals_arrive(vm_module: Machine) -> None:
     process = vm_module.popen(
         "trap 'echo stopped; exit 5' TERM; echo ready; while :; do sleep 0.1; done"
     )
-    assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
 
     assert process.poll() is None
@@ -59,7 +55,6 @@ def test_poll_does_not_wait_and_signals_arrive(vm_module: Machine) -> None:
 
 def test_a_signal_reaches_the_whole_group(vm_module: Machine) -> None:
     process = vm_module.popen("sleep 5151 & sleep 5151 & echo up; wait")
-    assert process.stdout is not None
     process.stdout.readline()
     process.kill()
 
@@ -78,7 +73,6 @@ def test_waiting_too_long_leaves_the_process_running(vm_module: Machine) -> None
 
 def test_a_reader_that_leaves_ends_the_writer(vm_module: Machine) -> None:
     process = vm_module.popen("yes")
-    assert process.stdout is not None
     process.stdout.readline()
     process.stdout.close()
 
@@ -87,7 +81,6 @@ def test_a_reader_that_leaves_ends_the_writer(vm_module: Machine) -> None:
 
 def test_a_terminal_is_given_where_asked_for(vm_module: Machine) -> None:
     process = vm_module.popen("tty; stty size", pty=True, rows=33, columns=99)
-    assert process.stdout is not None
 
     lines = process.stdout.read().replace("\r", "").splitlines()
     assert lines[0].startswith("/dev/pts/")

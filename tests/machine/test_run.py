@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import pytest
 
 from pytest_vmsandbox import CommandFailed, Machine, RequestInvalid, TimedOut
+from pytest_vmsandbox.machine.face import StartOptions
 
 MIB = 1024 * 1024
 
@@ -94,10 +95,10 @@ def test_the_guest_keeps_its_own_variables(vm_module: Machine) -> None:
     ],
 )
 def test_what_keeps_a_command_from_starting_is_an_oserror(
-    vm_module: Machine, options: dict[str, str], error: type[OSError]
+    vm_module: Machine, options: StartOptions, error: type[OSError]
 ) -> None:
     with pytest.raises(error):
-        vm_module.run(["true"], **options)  # type: ignore[arg-type]
+        vm_module.run(["true"], **options)
 
 
 def test_a_program_that_is_not_there_is_file_not_found(vm_module: Machine) -> None:

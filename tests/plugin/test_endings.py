@@ -1,0 +1,115 @@
+"""Nothing of a run outlives it: not after Ctrl-C, a time-out, or kill -9."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.machine
+
+Run = Callable[..., pytest.RunResult]
+
+SLEEPS = """
+    import os, sys
+
+    def test_it(vm):
+        pid = vm._controller._running.process.pid
+        directory = vm._controller.build.config.directory.parent
+        sys.__stderr__.write(f"UP {pid} {directory}\\n")
+        sys.__stderr__.flush()
+        vm.run("sleep 1000", timeout=500)
+"""
+
+
+class _Run:
+    """A pytest in a process of its own, up to the point where its test waits for a machine."""
+
+    def __init__(self, path: Path, *arguments: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments],
+            cwd=path,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            if line.startswith("UP "):
+                _, pid, directory = line.split()
+                self.vmm, self.directory = int(pid), Path(directory)
+                return
+        pytest.fail("the machine never came up")
+
+    def vmm_is_gone(self, *, within_s: float) -> bool:
+        """Whether the VMM ends in time."""
+        over = time.monotonic() + within_s
+        while Path(f"/proc/{self.vmm}").exists():
+            if time.monotonic() > over:
+                return False
+            time.sleep(0.02)
+        return True
+
+
+@pytest.fixture
+def start(pytester: pytest.Pytester) -> Iterator[Callable[..., _Run]]:
+    runs: list[_Run] = []
+    pytester.makeini("[pytest]\nasyncio_default_fixture_loop_scope = function\n")
+    pytester.makepyfile(SLEEPS)
+
+    def start(*arguments: str) -> _Run:
+        runs.append(_Run(pytester.path, *arguments))
+        return runs[-1]
+
+    yield start
+    for run in runs:
+        run.process.kill()
+        run.process.wait()
+        assert run.process.stderr is not None
+        run.process.stderr.close()
+
+
+def test_ctrl_c_ends_the_machine_and_removes_its_files(start: Callable[..., _Run]) -> None:
+    run = start("-s")
+    run.process.send_signal(signal.SIGINT)
+
+    assert run.process.wait(timeout=30) == pytest.ExitCode.INTERRUPTED
+    assert run.vmm_is_gone(within_s=1)
+    assert not run.directory.exists()
+
+
+def test_pytest_timeout_interrupts_the_wait_and_nothing_is_left(
+    start: Callable[..., _Run],
+) -> None:
+    run = start("-s", "--timeout=20")
+
+    assert run.process.wait(timeout=90) == pytest.ExitCode.TESTS_FAILED
+    assert run.vmm_is_gone(within_s=1)
+    assert not run.directory.exists()
+
+
+@pytest.mark.parametrize("workers", [(), ("-n1",)])
+def test_kill_9_leaves_no_vmm_after_a_second_and_no_files_after_the_next_run(
+    start: Callable[..., _Run], workers: tuple[str, ...], run_pytest: Run
+) -> None:
+    run = start("-s", *workers)
+    run.process.kill()
+
+    assert run.vmm_is_gone(within_s=1 if not workers else 15)
+    next_run = run_pytest("def test_it(vm): pass")
+    next_run.assert_outcomes(passed=1)
+    assert not run.directory.exists()
+
+
+def test_sigterm_leaves_no_vmm(start: Callable[..., _Run]) -> None:
+    run = start("-s")
+    os.kill(run.process.pid, signal.SIGTERM)
+    run.process.wait(timeout=30)
+
+    assert run.vmm_is_gone(within_s=1)
