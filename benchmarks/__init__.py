@@ -1,0 +1,1 @@
+"""What this package costs, measured beside what it replaces: `python -m benchmarks`."""

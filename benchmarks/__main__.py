@@ -1,0 +1,81 @@
+"""`python -m benchmarks`: all of them, or those that are named."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final
+
+from platformdirs import user_cache_path
+from rich.console import Console
+
+from benchmarks.boot import measure_boot
+from benchmarks.command import measure_command
+from benchmarks.files import measure_files
+from benchmarks.image import measure_image
+from benchmarks.import_cost import measure_import
+from benchmarks.measurement import Measurement
+from benchmarks.probes import measure_probes
+from benchmarks.report import document_of, table_of
+from benchmarks.setting import HostDescription, Setting
+from pytest_vmsandbox.errors import VmSandboxError
+
+BENCHMARKS: Final[dict[str, Callable[[Setting], Sequence[Measurement]]]] = {
+    "boot": measure_boot,
+    "command": measure_command,
+    "image": measure_image,
+    "import": measure_import,
+    "files": measure_files,
+    "probes": measure_probes,
+}
+
+ROUNDS: Final = 5
+
+
+def main() -> int:
+    """Measure, print the table, write the JSON; 1 when a benchmark could not be run."""
+    arguments = _parse_arguments()
+    console, terminal = Console(), Console(stderr=True)
+    host = HostDescription.of_this_host()
+    setting = Setting(
+        rounds=arguments.rounds,
+        cache_dir=arguments.cache_dir or user_cache_path("vmsandbox"),
+        say=lambda text: terminal.print(f"  {text}", markup=False),
+    )
+    measured: list[Measurement] = []
+    failed = False
+    for name in arguments.benchmarks or BENCHMARKS:
+        terminal.print(f"{name} ...", markup=False)
+        try:
+            measured += BENCHMARKS[name](setting)
+        except VmSandboxError as error:
+            failed = True
+            terminal.print(f"{name} can't be measured here: {error}", markup=False)
+    console.print(table_of(measured))
+    console.print(str(host), markup=False, highlight=False)
+    if arguments.json:
+        text = json.dumps(document_of(measured, host), indent=2)
+        arguments.json.write_text(text + "\n", encoding="utf-8")
+    return int(failed)
+
+
+def _parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument(
+        "benchmarks", nargs="*", metavar="BENCHMARK", help=f"of {', '.join(BENCHMARKS)}; or all"
+    )
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"how many each ({ROUNDS})")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every value there")
+    parser.add_argument("--cache-dir", type=Path, help="where images are kept (the user's cache)")
+    arguments = parser.parse_args()
+    if unknown := [name for name in arguments.benchmarks if name not in BENCHMARKS]:
+        parser.error(f"no such benchmark: {', '.join(unknown)}")
+    if arguments.rounds < 1:
+        parser.error("--rounds must be at least 1")
+    return arguments
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

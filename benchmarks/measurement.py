@@ -1,0 +1,68 @@
+"""A measurement: the same thing done several times, and beside it what it is compared with."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Unit(StrEnum):
+    """What the values count."""
+
+    SECONDS = "s"
+    MILLISECONDS = "ms"
+    MEGABYTES_PER_SECOND = "MB/s"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """One row of the report.
+
+    `values` has one value a round, `peer_values` the peer's of the same rounds, or nothing.
+    `how` says for people what was done.
+    """
+
+    benchmark: str
+    what: str
+    unit: Unit
+    values: tuple[float, ...]
+    how: str
+    peer: str = ""
+    peer_values: tuple[float, ...] = ()
+
+    @property
+    def median(self) -> float:
+        """The middle value."""
+        return statistics.median(self.values)
+
+    @property
+    def ratio(self) -> float | None:
+        """How many times the peer's value ours is not: 2.0 is twice as good as the peer.
+
+        The median of the rounds' own ratios, since the load of a shared host moves both sides
+        of a round alike. None without a peer.
+        """
+        if not self.peer_values:
+            return None
+        ratios = [
+            peer / ours for ours, peer in zip(self.values, self.peer_values, strict=True) if ours
+        ]
+        return statistics.median(ratios) if ratios else None
+
+
+Act = Callable[[], float]
+
+
+def alternate(sides: Mapping[str, Act], *, rounds: int) -> dict[str, tuple[float, ...]]:
+    """Each side's values: A B A B ..., and every other round B A, so that neither is favoured.
+
+    A side returns its value itself, since it alone knows what must stay outside the clock.
+    """
+    values: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(rounds):
+        names = list(sides) if number % 2 == 0 else list(sides)[::-1]
+        for name in names:
+            values[name].append(sides[name]())
+    return {name: tuple(seen) for name, seen in values.items()}

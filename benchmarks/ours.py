@@ -1,0 +1,49 @@
+"""Our side: a machine as the plugin makes it, without pytest around it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+from pytest_vmsandbox.image.image import Image
+from pytest_vmsandbox.machine.controller import MachineController
+from pytest_vmsandbox.machine.machine import Machine
+from pytest_vmsandbox.machine.spec import MachineSpec
+from pytest_vmsandbox.machine.worker import Worker, WorkerSettings
+
+
+@contextmanager
+def open_worker(cache_dir: Path) -> Iterator[Worker]:
+    """A worker that has acquired nothing yet."""
+    with closing(Worker(WorkerSettings(id="bench", cache_dir=cache_dir))) as worker:
+        yield worker
+
+
+@contextmanager
+def open_machine(worker: Worker, **wishes: Any) -> Iterator[Machine]:
+    """A machine of that shape that has just booted; ended with the block."""
+    with _made(worker, wishes) as controller:
+        worker.engine.run(worker.boot([controller]))
+        yield Machine(controller, worker.engine)
+
+
+def prepared_image(worker: Worker) -> Image:
+    """The default image, built before any clock runs."""
+    return worker.engine.run(worker.image("mini"))
+
+
+def accel_of(worker: Worker) -> str:
+    """What `auto` means here, settled as the first machine settles it."""
+    with _made(worker, {}) as controller:
+        return controller.facts.accel
+
+
+@contextmanager
+def _made(worker: Worker, wishes: Mapping[str, Any]) -> Iterator[MachineController]:
+    (controller,) = worker.engine.run(worker.make([MachineSpec().changed(wishes)]))
+    try:
+        yield controller
+    finally:
+        worker.engine.run(worker.end([controller]))
