@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
@@ -32,12 +33,15 @@ BENCHMARKS: Final[dict[str, Callable[[Setting], Sequence[Measurement]]]] = {
 }
 
 ROUNDS: Final = 5
+WIDTH: Final = 120
 
 
 def main() -> int:
     """Measure, print the table, write the JSON; 1 when a benchmark could not be run."""
     arguments = _parse_arguments()
-    console, terminal = Console(), Console(stderr=True)
+    terminal = Console(stderr=True)
+    # A pipe has no width: the table then takes the width that it needs.
+    console = Console() if sys.stdout.isatty() else Console(width=WIDTH)
     host = HostDescription.of_this_host()
     setting = Setting(
         rounds=arguments.rounds,

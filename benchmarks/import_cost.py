@@ -9,14 +9,20 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 from benchmarks.measurement import Measurement, Unit, alternate
 from benchmarks.setting import Setting
 
-_PYTEST: Final = ("-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider")
+# Hypothesis' plugin imports all of Hypothesis at a run's end, which would drown what we look for.
+_BLOCKED: Final = ("-p", "no:cacheprovider", "-p", "no:hypothesispytest")
+_PYTEST: Final = ("-m", "pytest", "--collect-only", "-q", *_BLOCKED)
 _WITHOUT: Final = ("-p", "no:vmsandbox")
+# By its module's name: -X importtime is silent on what importlib.metadata loads itself.
+_BY_NAME: Final = (*_WITHOUT, "-p", "pytest_vmsandbox.plugin")
 _NO_TESTS_COLLECTED: Final = 5
+_UNWANTED: Final = ("PYTHONDONTWRITEBYTECODE", "PYTEST_ADDOPTS", "PYTEST_PLUGINS")
 _PACKAGE: Final = "pytest_vmsandbox"
 
 # Whole processes are noisy: so many pairs of them make one round.
@@ -42,7 +48,9 @@ class Imported:
 
 def measure_import(setting: Setting) -> Sequence[Measurement]:
     """By the interpreter's own account, and by whole processes with and without us."""
-    with tempfile.TemporaryDirectory(prefix="empty-") as empty:
+    with tempfile.TemporaryDirectory(prefix="import-") as scratch:
+        empty = Path(scratch) / "empty"
+        empty.mkdir()
         _processor_ms(empty, ())  # byte code is written, files come into the page cache
         told = alternate({"ours": lambda: _told_ms(empty)}, rounds=setting.rounds)
         processes = alternate(
@@ -101,11 +109,18 @@ def outermost(imports: Sequence[Imported]) -> list[Imported]:
     return found
 
 
-def _told_ms(directory: str) -> float:
+def _environment(directory: Path) -> dict[str, str]:
+    """With byte code kept, as Python does unless told otherwise, but not in anyone's folders."""
+    inherited = {k: v for k, v in os.environ.items() if k not in _UNWANTED}
+    return {**inherited, "PYTHONPYCACHEPREFIX": str(directory.parent / "bytecode")}
+
+
+def _told_ms(directory: Path) -> float:
     done = subprocess.run(
-        [sys.executable, "-X", "importtime", *_PYTEST],
+        [sys.executable, "-X", "importtime", *_PYTEST, *_BY_NAME],
         check=False,
         cwd=directory,
+        env=_environment(directory),
         capture_output=True,
         text=True,
     )
@@ -114,11 +129,12 @@ def _told_ms(directory: str) -> float:
     return sum(each.cumulative_us for each in imports) / 1000
 
 
-def _processor_ms(directory: str, options: Sequence[str]) -> float:
+def _processor_ms(directory: Path, options: Sequence[str]) -> float:
     # CPU time, user's and system's: wall clock tells more of the other processes of this host.
     process = subprocess.Popen(
         [sys.executable, *_PYTEST, *options],
         cwd=directory,
+        env=_environment(directory),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from statistics import median
 from typing import Final
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from benchmarks.measurement import Measurement
@@ -16,18 +17,16 @@ REPORT_FORMAT: Final = 1
 
 
 def table_of(measurements: Sequence[Measurement]) -> Table:
-    """One row a measurement; a peer has a row of its own below what it is compared with."""
-    table = Table("benchmark", "what", title="benchmarks", title_justify="left")
-    for column in ("median", "min", "max"):
+    """One row a measurement, its peer's figures below it, and how it was measured."""
+    table = Table("what, and how it was measured", box=SIMPLE_HEAD)
+    for column in ("median", "min", "max", "peer / ours"):
         table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("peer / ours", justify="right", no_wrap=True)
-    table.add_column("how")
     for each in measurements:
         ratio = "" if each.ratio is None else f"{each.ratio:.2f}"
-        numbers = _numbers(each, each.values)
-        table.add_row(each.benchmark, each.what, *numbers, ratio, f"{each.how}; {_count(each)}")
+        table.add_row(f"{each.benchmark}: {each.what}", *_numbers(each, each.values), ratio)
         if each.peer:
-            table.add_row("", f"  {each.peer}", *_numbers(each, each.peer_values), "", "")
+            table.add_row(f"  peer: {each.peer}", *_numbers(each, each.peer_values), "")
+        table.add_row(f"  {each.how}; {_count(each)}", style="dim", end_section=True)
     return table
 
 
@@ -47,4 +46,4 @@ def _numbers(each: Measurement, values: Sequence[float]) -> list[str]:
 
 
 def _count(each: Measurement) -> str:
-    return f"{len(each.values)} rounds" if len(each.values) > 1 else "1 round"
+    return f"{len(each.values)} values" if len(each.values) > 1 else "1 value"
