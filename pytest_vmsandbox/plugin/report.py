@@ -49,8 +49,9 @@ def record_machines(report: pytest.TestReport, machines: Sequence[MachineControl
         [
             {
                 "id": machine.id,
-                "tier": machine.facts.tier,
-                "accel": machine.facts.accel,
+                # plain texts: execnet carries no members of an enum
+                "tier": str(machine.facts.tier),
+                "accel": str(machine.facts.accel),
                 "timings": asdict(machine.timings),
             }
             for machine in machines

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import pytest
+from platformdirs import user_cache_path
+
+# Found before pytester gives each run a home of its own: images are built once.
+CACHE = os.environ.get("VMSANDBOX_CACHE_DIR") or str(user_cache_path("vmsandbox"))
+
+
+@pytest.fixture(autouse=True)
+def _shared_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VMSANDBOX_CACHE_DIR", CACHE)
 
 
 @pytest.fixture
 def run_pytest(pytester: pytest.Pytester) -> Callable[..., pytest.RunResult]:
-    """Run pytest on `source` as a user would, apart from this run; worker="2" for xdist."""
+    """Run pytest on `source` as a user would, in a process apart from this run."""
 
     def run(source: str, *arguments: str) -> pytest.RunResult:
         pytester.makepyfile(source)

@@ -8,9 +8,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+
+from pytest_vmsandbox.linux import prctl_set_child_subreaper
 
 pytestmark = pytest.mark.machine
 
@@ -22,7 +25,7 @@ SLEEPS = """
     def test_it(vm):
         pid = vm._controller._running.process.pid
         directory = vm._controller.build.config.directory.parent
-        sys.__stderr__.write(f"UP {pid} {directory}\\n")
+        sys.__stderr__.write(f"UP {pid} {os.getpid()} {directory}\\n")
         sys.__stderr__.flush()
         vm.run("sleep 1000", timeout=500)
 """
@@ -42,19 +45,34 @@ class _Run:
         assert self.process.stderr is not None
         for line in self.process.stderr:
             if line.startswith("UP "):
-                _, pid, directory = line.split()
-                self.vmm, self.directory = int(pid), Path(directory)
+                _, vmm, worker, directory = line.split()
+                self.vmm, self.worker, self.directory = int(vmm), int(worker), Path(directory)
                 return
         pytest.fail("the machine never came up")
 
     def vmm_is_gone(self, *, within_s: float) -> bool:
         """Whether the VMM ends in time."""
         over = time.monotonic() + within_s
-        while Path(f"/proc/{self.vmm}").exists():
+        while not _is_gone(self.vmm):
             if time.monotonic() > over:
                 return False
             time.sleep(0.02)
         return True
+
+
+def _is_gone(pid: int) -> bool:
+    """Whether the process has ended; an orphan has become our child, and is reaped."""
+    with suppress(ChildProcessError):
+        os.waitpid(pid, os.WNOHANG)
+    return not Path(f"/proc/{pid}").exists()
+
+
+@pytest.fixture(autouse=True)
+def _adopts_orphans() -> Iterator[None]:
+    """What a killed run leaves becomes ours to look at, and not pid 1's, which may not reap."""
+    prctl_set_child_subreaper(enabled=True)
+    yield
+    prctl_set_child_subreaper(enabled=False)
 
 
 @pytest.fixture
@@ -71,6 +89,10 @@ def start(pytester: pytest.Pytester) -> Iterator[Callable[..., _Run]]:
     for run in runs:
         run.process.kill()
         run.process.wait()
+        run.vmm_is_gone(within_s=5)
+        if run.worker != run.process.pid:
+            with suppress(ChildProcessError):
+                os.waitpid(run.worker, 0)
         assert run.process.stderr is not None
         run.process.stderr.close()
 

@@ -91,9 +91,8 @@ def test_every_failing_phase_shows_what_the_machine_left(
     assert all(
         ("qemu-system" in one and "Linux version" in one) or "console" in one for one in told
     )
-    logs = sorted(
-        path.relative_to(pytester.path / "kept") for path in _files(pytester.path / "kept")
-    )
+    kept = pytester.path / "kept"
+    logs = [path.relative_to(kept) for path in kept.rglob("*") if path.is_file()]
     assert len({log.parts[0] for log in logs}) == 3
     assert {log.name for log in logs} == {"console.log", "vmm.log", "command.txt", "facts.json"}
 
@@ -151,10 +150,11 @@ def test_guests_die_as_expected_or_fail_their_test(run_pytest: Run) -> None:
     result.assert_outcomes(passed=5, failed=4)
     result.stdout.fnmatch_lines_random(
         [
-            "FAILED *::test_unexpected - *GuestPanicked*",
-            "FAILED *::test_unnoticed - *GuestPanicked*",
-            "FAILED *::test_expected_in_vain - *expected to end by panic*",
-            "FAILED *::test_another_end_than_expected - *GuestPanicked*",
+            "FAILED *::test_unexpected*",
+            "FAILED *::test_unnoticed*",
+            "FAILED *::test_expected_in_vain*",
+            "FAILED *::test_another_end_than_expected*",
+            "E *the guest was expected to end by panic, and did not within 5 s*",
         ]
     )
 
@@ -179,9 +179,8 @@ def test_what_this_host_can_not_run_is_skipped_with_code_and_counted(run_pytest:
         pytest.skip("KVM works here")
 
     result.assert_outcomes(skipped=3)
-    result.stdout.fnmatch_lines(
-        ["SKIPPED * VMS-KVM-*", "3 skipped by this host: VMS-KVM-*"], consecutive=False
-    )
+    result.stdout.fnmatch_lines(["3 skipped by this host: VMS-KVM-*"])
+    assert result.stdout.str().count(": VMS-KVM-") == 4
 
 
 @pytest.mark.parametrize("required", ["kvm", "all", "sudo,kvm"])

@@ -12,7 +12,7 @@ Run = Callable[..., pytest.RunResult]
 def test_no_room_is_imported_no_thread_started_and_nothing_probed(
     run_pytest: Run, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(pytester.path / "cache"))
+    monkeypatch.setenv("VMSANDBOX_CACHE_DIR", str(pytester.path / "cache"))
 
     result = run_pytest(
         """
