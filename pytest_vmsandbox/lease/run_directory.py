@@ -56,7 +56,7 @@ def open_run_directory(base: Path, *, worker: str) -> Iterator[RunDirectory]:
     What dead runs of ours left below `base` is removed first. Raises HostUnfit when `base`
     is not ours alone, is too long for a socket's path, or can't be made.
     """
-    base = Path(os.path.abspath(base))  # once, and used everywhere below
+    base = base.absolute()  # once, and used everywhere below
     make_private(base)
     sweep(base)
     identity = f"r{secrets.token_hex(4)}"

@@ -31,7 +31,7 @@ class Option:
         """As in the environment: VMSANDBOX_MEMORY_MIB."""
         return f"VMSANDBOX_{self.name.removeprefix('vm_').upper()}"
 
-    def read(self, config: pytest.Config) -> Any:
+    def read(self, config: pytest.Config) -> Any:  # noqa: ANN401  # as each option has it
         """Its value for this run; pytest.UsageError names the source and the text that is wrong."""
         for source, text in (
             (self.flag, config.getoption(self.name)),

@@ -64,6 +64,14 @@ class BareLauncher:
 
         Raises HostUnfit when its program can't be started.
         """
+        program = request.argv[0]
+        if shutil.which(program) is None:
+            raise HostUnfit(
+                "VMS-QEMU-MISSING",
+                "a VMM that starts",
+                f"{program} is not an executable file",
+                "vmsandbox setup",
+            )
         process = BareProcess(_spawn([*_dying_with_us(), *request.argv], log=request.log))
         try:
             yield process
@@ -80,21 +88,13 @@ async def _end(process: BareProcess) -> None:
 
 def _spawn(argv: Sequence[str], *, log: Path) -> subprocess.Popen[bytes]:
     with log.open("ab") as output:
-        try:
-            return subprocess.Popen(
-                argv,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        except OSError as error:
-            raise HostUnfit(
-                "VMS-QEMU-MISSING",
-                "a VMM that starts",
-                f"{argv[0]}: {error.strerror}",
-                "install QEMU: vmsandbox setup",
-            ) from error
+        return subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
 
 def _dying_with_us() -> Sequence[str]:

@@ -57,7 +57,7 @@ def test_after_its_vmm_died_every_verb_says_so_and_power_on_mends_it(vm: Machine
         lambda: vm.qmp("query-status"),
         lambda: vm.wait_until("true"),
         lambda: vm.console.wait_for("never printed"),
-        lambda: vm.reboot(),
+        vm.reboot,
     ]
     for verb in verbs:
         with _within(seconds=10), pytest.raises(VmmDied):

@@ -20,7 +20,7 @@ def _digests(root: Path) -> dict[str, tuple[str, int, str]]:
     for path in sorted(root.rglob("*")):
         mode = path.lstat().st_mode
         if path.is_symlink():
-            what = ("link", 0, os.readlink(path))
+            what = ("link", 0, str(path.readlink()))
         elif path.is_dir():
             what = ("directory", mode, "")
         else:

@@ -1,0 +1,122 @@
+"""`vmsandbox run` and `vmsandbox shell`, as one types them."""
+
+from __future__ import annotations
+
+import os
+import pty
+import subprocess
+import sys
+import time
+
+import pytest
+
+VMSANDBOX = [sys.executable, "-m", "pytest_vmsandbox.cli"]
+
+
+def _run(*words: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        [*VMSANDBOX, *words], input=stdin, capture_output=True, timeout=240, check=False
+    )
+
+
+@pytest.mark.machine
+def test_a_command_has_our_streams_and_gives_us_its_status() -> None:
+    done = _run("run", "--", "sh", "-c", "cat; echo err >&2; exit 7", stdin=b"in\xff\n")
+
+    assert (done.returncode, done.stdout) == (7, b"in\xff\n")
+    assert done.stderr.endswith(b"err\n")
+
+
+@pytest.mark.machine
+def test_a_signal_is_128_and_its_number_and_the_shape_is_ours_to_choose() -> None:
+    done = _run(
+        "run", "--cpus=2", "--memory-mib=200", "mini", "--", "sh", "-c", "nproc; kill -9 $$"
+    )
+
+    assert (done.returncode, done.stdout) == (137, b"2\n")
+
+
+@pytest.mark.machine
+def test_a_shell_is_a_terminal_in_the_machine() -> None:
+    ours, theirs = pty.openpty()
+    shell = subprocess.Popen(
+        [*VMSANDBOX, "shell"], stdin=theirs, stdout=theirs, stderr=subprocess.DEVNULL
+    )
+    os.close(theirs)
+    try:
+        seen = _read_until(ours, b"#")
+        os.write(ours, b"tty; exit 5\n")
+        seen += _read_until(ours, b"/dev/pts/0")
+        assert shell.wait(timeout=60) == 5
+    finally:
+        shell.kill()
+        shell.wait()
+        os.close(ours)
+
+
+def _read_until(descriptor: int, wanted: bytes) -> bytes:
+    seen = b""
+    over = time.monotonic() + 120
+    while wanted not in seen:
+        assert time.monotonic() < over, seen
+        seen += os.read(descriptor, 1000)
+    return seen
+
+
+def test_a_shell_without_a_terminal_is_refused_before_anything_boots() -> None:
+    done = _run("shell")
+
+    assert done.returncode == 125
+    assert b"stdin is no terminal" in done.stderr
+
+
+def test_run_without_a_command_is_refused_before_anything_boots() -> None:
+    done = _run("run", "mini")
+
+    assert done.returncode == 125
+    assert b"there is no command" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("run", "--memory-mib=1", "--", "true"), b"memory_mib=1 must be a whole number"),
+        (("run", "--accel=xen", "--", "true"), b"accel='xen' must be one of"),
+        (("run", "no-such-recipe", "--", "true"), b"no-such-recipe"),
+        (("run", "/no/such/image", "--", "true"), b"/no/such/image"),
+        (("image", "build", "no-such-recipe"), b"no-such-recipe"),
+        (("image", "rm", "no-such-image"), b"no-such-image"),
+    ],
+)
+def test_what_can_not_be_is_named_and_nothing_is_left(
+    words: tuple[str, ...], message: bytes
+) -> None:
+    done = _run(*words)
+
+    assert done.returncode == 125
+    assert message in done.stderr
+
+
+@pytest.mark.parametrize("words", [(), ("no-such-command",), ("run", "--no-such-option")])
+def test_wrong_usage_is_status_2(words: tuple[str, ...]) -> None:
+    assert _run(*words).returncode == 2
+
+
+@pytest.mark.parametrize("command", ["doctor", "setup", "image", "run", "shell"])
+def test_every_subcommand_has_help(command: str) -> None:
+    done = _run(command, "--help")
+
+    assert done.returncode == 0
+    assert done.stdout.startswith(f"usage: vmsandbox {command}".encode())
+
+
+@pytest.mark.machine
+def test_images_are_built_listed_and_verified() -> None:
+    built = _run("image", "build")
+    listed = _run("image", "list")
+    verified = _run("image", "verify")
+
+    assert built.returncode == listed.returncode == verified.returncode == 0
+    assert b"mini" in built.stdout
+    assert b"mini" in listed.stdout
+    assert b"whole" in verified.stdout

@@ -1,0 +1,101 @@
+"""Workers: machines side by side, and nothing left when one of them fails."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from platformdirs import user_cache_path
+
+from pytest_vmsandbox import AsyncMachineFactory, HostUnfit, MachineFactory, RequestInvalid
+from pytest_vmsandbox.machine.spec import MachineSpec
+from pytest_vmsandbox.machine.worker import Worker, WorkerSettings
+
+
+@pytest.fixture
+def worker() -> Iterator[Worker]:
+    cache = os.environ.get("VMSANDBOX_CACHE_DIR")
+    with tempfile.TemporaryDirectory(prefix="vmsb-") as short:
+        settings = WorkerSettings(
+            cache_dir=Path(cache) if cache else user_cache_path("vmsandbox"),
+            run_dir=Path(short) / "run",
+        )
+        with closing(Worker(settings)) as worker:
+            yield worker
+        assert list((Path(short) / "run").glob("*")) == []
+
+
+def test_nothing_is_acquired_before_it_is_needed(worker: Worker) -> None:
+    assert not worker.engine.running
+    worker.directory.path.rmdir  # noqa: B018  # asking for it makes it
+    assert worker.directory.path.is_dir()
+
+
+def test_a_closed_worker_leaves_neither_process_nor_file(worker: Worker) -> None:
+    (machine,) = worker.engine.run(worker.make([MachineSpec()]))
+    worker.engine.run(worker.boot([machine]))
+    running = machine._running
+    assert running is not None
+    pid, directory = running.process.pid, worker.directory.path
+    sockets = {path.name for path in machine.build.config.directory.iterdir()}
+    worker.engine.run(worker.end([machine]))
+
+    assert {"qmp.sock", "console.sock", "agent.sock", "console.log"} <= sockets
+    assert not Path(f"/proc/{pid}").exists()
+    assert list(directory.glob("m*")) == []
+
+
+def test_when_one_of_several_does_not_boot_the_others_are_ended_too(
+    vm_factory: MachineFactory, worker: Worker, tmp_path: Path
+) -> None:
+    good = MachineSpec()
+    image = worker.engine.run(worker.image("mini"))
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for path in image.directory.iterdir():
+        (broken / path.name).write_bytes(path.read_bytes())
+    (broken / "vmlinux").write_bytes(b"\0" * (broken / "vmlinux").stat().st_size)
+
+    machines = worker.engine.run(worker.make([good, MachineSpec(image=str(broken)), good]))
+    with pytest.raises(Exception, match="did not boot"):
+        worker.engine.run(worker.boot(machines))
+    worker.engine.run(worker.end(machines))
+
+    assert all(machine._running is None for machine in machines)
+
+
+@pytest.mark.parametrize("tier", ["root", "sudo", "qemu-vm", "userns"])
+def test_a_tier_that_can_not_be_had_is_a_skip_and_never_a_weaker_one(
+    worker: Worker, tier: str
+) -> None:
+    with pytest.raises(HostUnfit, match=f"the tier {tier}"):
+        worker.engine.run(worker.make([MachineSpec(tier=tier)]))
+
+
+@pytest.mark.parametrize("count", [0, -1, True, "2", 1.0])
+def test_a_wrong_count_is_refused(vm_factory: MachineFactory, count: int) -> None:
+    with pytest.raises(RequestInvalid, match="count="):
+        vm_factory(count=count)
+
+
+def test_machines_have_names_and_host_names(vm_factory: MachineFactory) -> None:
+    one, other = vm_factory(count=2, name="node")
+
+    assert [one.name, other.name] == ["node-1", "node-2"]
+    assert other.run("hostname").stdout == "node-2\n"
+    assert one.id != other.id
+
+
+async def test_three_machines_answer_side_by_side(async_vm_factory: AsyncMachineFactory) -> None:
+    machines = await async_vm_factory(count=3)
+
+    answers = await asyncio.gather(
+        *(machine.run("cat /proc/sys/kernel/random/boot_id") for machine in machines)
+    )
+
+    assert len({answer.stdout for answer in answers}) == 3
