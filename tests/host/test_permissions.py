@@ -1,6 +1,6 @@
 """Mode, owner, sudo, and the ways in which the programs behind them fail."""
 
-# ruff: noqa: ASYNC221, ASYNC240 -- nothing else runs in the loop of a test
+
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Access control lists, set and read back on real file systems."""
 
-# ruff: noqa: ASYNC221, ASYNC240 -- nothing else runs in the loop of a test
+
 
 from __future__ import annotations
 

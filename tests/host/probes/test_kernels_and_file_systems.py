@@ -1,6 +1,6 @@
 """What this host can do, it is found to do; what its kernel or file systems refuse, it is not."""
 
-# ruff: noqa: ASYNC240 -- nothing else runs in the loop of a test
+
 
 from __future__ import annotations
 
