@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,6 +35,7 @@ BENCHMARKS: Final[dict[str, Callable[[Setting], Sequence[Measurement]]]] = {
 
 ROUNDS: Final = 5
 WIDTH: Final = 120
+INTERRUPTED: Final = 128 + signal.SIGINT
 
 
 def main() -> int:
@@ -42,21 +44,27 @@ def main() -> int:
     terminal = Console(stderr=True)
     # A pipe has no width: the table then takes the width that it needs.
     console = Console() if sys.stdout.isatty() else Console(width=WIDTH)
-    host = HostDescription.of_this_host()
     setting = Setting(
         rounds=arguments.rounds,
         cache_dir=arguments.cache_dir or user_cache_path("vmsandbox"),
         say=lambda text: terminal.print(f"  {text}", markup=False),
     )
+    # Asked to end in either way, everything that was started is ended first.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     measured: list[Measurement] = []
     failed = False
-    for name in arguments.benchmarks or BENCHMARKS:
-        terminal.print(f"{name} ...", markup=False)
-        try:
-            measured += BENCHMARKS[name](setting)
-        except VmSandboxError as error:
-            failed = True
-            terminal.print(f"{name} can't be measured here: {error}", markup=False)
+    try:
+        for name in arguments.benchmarks or BENCHMARKS:
+            terminal.print(f"{name} ...", markup=False)
+            try:
+                measured += BENCHMARKS[name](setting)
+            except VmSandboxError as error:
+                failed = True
+                terminal.print(f"{name} can't be measured here: {error}", markup=False)
+    except KeyboardInterrupt:
+        terminal.print("interrupted; nothing of it is left", markup=False)
+        return INTERRUPTED
+    host = HostDescription.of_this_host()
     console.print(table_of(measured))
     console.print(str(host), markup=False, highlight=False)
     if arguments.json:

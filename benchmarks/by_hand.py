@@ -134,11 +134,11 @@ def _qemu(image: ByHandImage, directory: Path, *, accel: str) -> Iterator[subpro
             stdout=log,
             stderr=subprocess.STDOUT,
         )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.wait()
 
 
 def _argv(image: ByHandImage, directory: Path, *, accel: str) -> list[str]:
