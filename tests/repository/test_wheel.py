@@ -144,6 +144,7 @@ def _test_it(
         env={
             "PATH": "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin",
             "HOME": str(home),
+            "TMPDIR": str(home),
             "PYTHONDONTWRITEBYTECODE": "1",
             "VMSANDBOX_CACHE_DIR": str(home / "cache"),
             "VMSANDBOX_RUN_DIR": str(home / "run"),
