@@ -20,10 +20,7 @@ demo: $(READY)  ## install what is missing, build the default image, run example
 	$(BIN)/pytest examples -n 2
 
 test: $(READY)  ## the same set-up, then the whole suite, with coverage
-	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest
-	$(BIN)/coverage combine --quiet
-	$(BIN)/coverage report
+	$(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term --durations=15
 
 check: $(READY) format lint types layers docs interpreters test  ## everything that a change must pass
 	$(BIN)/pytest examples -n 2

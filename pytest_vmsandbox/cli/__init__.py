@@ -26,7 +26,8 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand and return its exit status.
 
-    2 for a usage that is wrong, 125 when the host or a machine failed us, 130 after Ctrl-C.
+    2 for a usage that is wrong, 125 when the host or a machine failed us, 126 or 127 when a
+    command can't be started in the guest, 130 after Ctrl-C.
     """
     words, behind_dashes = _split(sys.argv[1:] if argv is None else argv)
     arguments = _parser(words).parse_args(words)
@@ -36,6 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except VmSandboxError as error:
         print(f"vmsandbox: {error}", file=sys.stderr)  # noqa: T201  # a command line talks
         return UNFIT
+    except OSError as error:
+        # A command that can't be started: 127 where there is none, else 126, as shells say it.
+        print(f"vmsandbox: {error}", file=sys.stderr)  # noqa: T201
+        return 127 if isinstance(error, FileNotFoundError) else 126
     except KeyboardInterrupt:
         return INTERRUPTED
     return status

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -23,9 +24,10 @@ def add_cache_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def cache_of(arguments: argparse.Namespace) -> Path:
-    """The cache directory that was asked for, or the user's."""
+    """The cache directory that was asked for, by argument or environment, or the user's."""
     given: Path | None = arguments.cache_dir
-    return given or user_cache_path("vmsandbox")
+    named = os.environ.get("VMSANDBOX_CACHE_DIR")
+    return given or (Path(named) if named else user_cache_path("vmsandbox"))
 
 
 def add_machine_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,7 +7,6 @@ import platform
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 from pytest_vmsandbox.cli.common import add_cache_argument, cache_of
 from pytest_vmsandbox.cli.progress import RichProgress
@@ -62,14 +61,13 @@ def _build(arguments: argparse.Namespace) -> int:
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    table = Table("image", "digest", "kernel", "directory", box=None)
-    images = list_images(cache_of(arguments))
-    for image in images:
-        table.add_row(image.name, image.digest[:12], image.kernel_release, str(image.directory))
-    console = Console()
-    if images:
-        console.print(table, soft_wrap=True)
-    console.print("recipes: " + "; ".join(f"{r.name}: {r.summary}" for r in RECIPES.values()))
+    console = Console(soft_wrap=True, highlight=False)
+    for image in list_images(cache_of(arguments)):
+        console.print(
+            f"{image.name}:{image.digest[:12]}  {image.kernel_release}  {image.directory}"
+        )
+    for recipe in RECIPES.values():
+        console.print(f"can be built: {recipe.name}: {recipe.summary}")
     return 0
 
 

@@ -1,1 +1,1 @@
-"""TODO room."""
+"""What this host can do, and who may do what on it."""

@@ -6,9 +6,10 @@ from collections.abc import Callable, Coroutine, Mapping
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypedDict, TypeVar
 
+from pytest_vmsandbox.machine.build import MachineFacts
 from pytest_vmsandbox.machine.caller import Caller
 from pytest_vmsandbox.machine.console import Console
-from pytest_vmsandbox.machine.controller import MachineController, MachineFacts
+from pytest_vmsandbox.machine.controller import MachineController
 from pytest_vmsandbox.machine.engine import Engine
 from pytest_vmsandbox.machine.timings import Timings
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from pytest_vmsandbox.errors import RequestInvalid
 
-MEMORY_MIB = range(48, 1024 * 1024)
+# The least that the default image's kernel boots in, tried.
+MEMORY_MIB = range(80, 1024 * 1024)
 CPUS = range(1, 256)
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")
 

@@ -93,7 +93,7 @@ OPTIONS = (
     ),
     Option(
         name="vm_memory_mib",
-        parse=_whole(least=48),
+        parse=_whole(least=80),
         default=128,
         help="a machine's memory in MiB (128)",
     ),

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 import pytest_vmsandbox
+from tests.children import remember_children
 
 CHECKOUT = Path(pytest_vmsandbox.__file__).parents[1]
 
@@ -329,3 +330,8 @@ def open_descriptors() -> Callable[[], list[str]]:
         return sorted(entry.name for entry in Path("/proc/self/fd").iterdir())
 
     return listed
+
+
+@pytest.fixture(autouse=True)
+def _children_before() -> None:
+    remember_children()

@@ -1,7 +1,5 @@
 """Mode, owner, sudo, and the ways in which the programs behind them fail."""
 
-
-
 from __future__ import annotations
 
 import asyncio
@@ -43,6 +41,7 @@ from pytest_vmsandbox.host.permissions import (
     verify_user_access,
 )
 from pytest_vmsandbox.host.run_directory import mark_run_directory
+from tests.children import no_child_is_left
 
 if TYPE_CHECKING:
     from tests.host.conftest import Stubs
@@ -90,14 +89,6 @@ def run_directory(scratch: Path) -> Path:
     directory.mkdir()
     mark_run_directory(directory)
     return directory
-
-
-def no_child_is_left() -> bool:
-    try:
-        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    except ChildProcessError:
-        return True
-    return False
 
 
 def permission_bits(path: Path) -> int:

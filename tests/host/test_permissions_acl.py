@@ -1,7 +1,5 @@
 """Access control lists, set and read back on real file systems."""
 
-
-
 from __future__ import annotations
 
 import subprocess

@@ -13,6 +13,7 @@ import pytest
 
 from pytest_vmsandbox.host import program
 from pytest_vmsandbox.host.program import OUTPUT_LIMIT_BYTES, Outcome, run_program
+from tests.children import no_child_is_left
 
 NEVER_S = 60.0
 
@@ -51,14 +52,6 @@ async def wait_text(path: Path) -> str:
 
 def open_descriptors() -> list[str]:
     return sorted(entry.name for entry in Path("/proc/self/fd").iterdir())
-
-
-def no_child_is_left() -> bool:
-    try:
-        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    except ChildProcessError:
-        return True
-    return False
 
 
 async def test_a_program_that_succeeds_gives_its_output() -> None:

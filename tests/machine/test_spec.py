@@ -13,7 +13,7 @@ from pytest_vmsandbox.machine.spec import MachineSpec
     ("field", "value"),
     [
         ("memory_mib", 0),
-        ("memory_mib", 47),
+        ("memory_mib", 79),
         ("memory_mib", "256"),
         ("memory_mib", True),
         ("memory_mib", 2**30),

@@ -13,7 +13,7 @@ Run = Callable[..., pytest.RunResult]
     ("mark", "message"),
     [
         ("vm(memory=256)", "*a machine has no 'memory'*"),
-        ("vm(memory_mib=1)", "*memory_mib=1 must be a whole number from 48*"),
+        ("vm(memory_mib=1)", "*memory_mib=1 must be a whole number from 80*"),
         ("vm(cpus='2')", "*cpus='2' must be a whole number*"),
         ("vm(accel='xen')", "*accel='xen' must be one of auto, kvm, tcg, hvf*"),
         ("vm(256)", "*keyword arguments only, not (256,)*"),

@@ -35,7 +35,7 @@ def test_the_command_line_wins_over_ini_and_ini_over_the_environment(
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("--vm-memory-mib=12", "*--vm-memory-mib: '12' is not a whole number of at least 48*"),
+        ("--vm-memory-mib=12", "*--vm-memory-mib: '12' is not a whole number of at least 80*"),
         ("--vm-memory-mib=1e3", "*--vm-memory-mib: '1e3' is not a whole number*"),
         ("--vm-cpus=٣", "*--vm-cpus: '٣' is not a whole number*"),
         ("--vm-accel=xen", "*--vm-accel: 'xen' is none of auto, kvm, tcg, hvf*"),

@@ -1,12 +1,13 @@
 """Change one thing at a time in a module, and see whether its tests notice.
 
-    python tests/repository/mutate.py MODULE.py TESTS... [--at-least 95] [--jobs 2] [-- PYTEST-ARGS]
+    python tests/repository/mutate.py MODULE.py [TESTS...] [--at-least 95] [--jobs 2] [-- ARGS]
 
 One operator, constant or boolean is changed at a time: comparisons, `and`/`or`, `not`, arithmetic
 and bit operators, numbers, texts, True and False, and conditions as a whole. Docstrings,
 annotations and the words of log messages are left alone. Each mutant is tried in a copy of the
 checkout, so that the checkout stays as it is. A mutant that makes the tests fail, or hang,
-is noticed; the others are listed, and the exit status is 1 when too many survive.
+is noticed; the others are listed, and the exit status is 1 when too many survive. ARGS are
+pytest's. The modules of NOTICED_BY need no TESTS.
 """
 
 from __future__ import annotations
@@ -31,6 +32,52 @@ from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 COPIED = ("pytest_vmsandbox", "tests", "pyproject.toml", "conftest.py")
+
+HEADERS = "tests/linux/test_headers.py"
+# Once more the constants, by a compiler that brings the newest headers; it takes half a second.
+NEWEST_HEADERS = f"{HEADERS}::test_constants_equal_those_of_the_newest_headers_at_hand"
+LONG_NAMES = f"{HEADERS}::test_a_short_name_means_what_its_long_one_means"
+REFUSALS = "tests/linux/test_arguments.py"
+
+# The ground that is held to 95 %, and the tests that are to notice, the quickest first.
+NOTICED_BY = {
+    "pytest_vmsandbox/host/permissions.py": (
+        "tests/host/test_permissions.py",
+        "tests/host/test_permissions_acl.py",
+        "tests/host/test_permissions_users.py",
+    ),
+    "pytest_vmsandbox/host/socket_auth.py": ("tests/host/test_socket_auth.py",),
+    "pytest_vmsandbox/host/peer_process.py": ("tests/host/test_socket_auth.py",),
+    "pytest_vmsandbox/linux/arguments.py": (REFUSALS, "tests/linux/test_at.py"),
+    "pytest_vmsandbox/linux/at.py": ("tests/linux/test_at.py", NEWEST_HEADERS, REFUSALS),
+    "pytest_vmsandbox/linux/clone.py": (
+        NEWEST_HEADERS,
+        LONG_NAMES,
+        "tests/linux/test_clone.py",
+        REFUSALS,
+    ),
+    "pytest_vmsandbox/linux/eventfd.py": ("tests/linux/test_eventfd.py", HEADERS, REFUSALS),
+    "pytest_vmsandbox/linux/mount_flags.py": (
+        "tests/linux/test_mount_flags.py",
+        NEWEST_HEADERS,
+        LONG_NAMES,
+        REFUSALS,
+    ),
+    "pytest_vmsandbox/linux/mount_tree.py": (
+        NEWEST_HEADERS,
+        REFUSALS,
+        "tests/linux/test_mount_tree.py",
+    ),
+    "pytest_vmsandbox/linux/mounts.py": (HEADERS, REFUSALS, "tests/linux/test_mounts.py"),
+    "pytest_vmsandbox/linux/namespaces.py": (REFUSALS, "tests/linux/test_namespaces.py"),
+    "pytest_vmsandbox/linux/prctl.py": (
+        NEWEST_HEADERS,
+        LONG_NAMES,
+        "tests/linux/test_prctl.py",
+        "tests/linux/test_capabilities.py",
+        REFUSALS,
+    ),
+}
 
 OPERATORS: dict[type[ast.AST], type[ast.AST]] = {
     ast.Eq: ast.NotEq,
@@ -195,6 +242,8 @@ class Trial:
         """Whether the tests pass with the module so changed; a run without end does not."""
         (copy / self.module).write_text(text)
         command = [
+            # What a mutant of the mount calls mounts by mistake is gone with it.
+            *(["unshare", "--mount"] if os.geteuid() == 0 else []),
             *(sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"),
             *self.pytest_arguments,
             *self.tests,
@@ -276,13 +325,17 @@ def report(line: str) -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("module", type=Path, help="the module to change, from the checkout's root")
-    parser.add_argument("tests", nargs="+", help="the tests that are to notice")
+    parser.add_argument("tests", nargs="*", help="the tests that are to notice")
     parser.add_argument("--at-least", type=float, default=95.0, help="percent to be noticed")
     parser.add_argument("--jobs", type=int, default=2, help="how many are tried at a time")
     parser.add_argument("--lines", default="", help="only these lines, as in 10-40")
-    ours, _, theirs = " ".join(sys.argv[1:]).partition(" -- ")
-    arguments = parser.parse_args(ours.split())
-    arguments.pytest_arguments = theirs.split()
+    words = sys.argv[1:]
+    end = words.index("--") if "--" in words else len(words)
+    arguments = parser.parse_args(words[:end])
+    arguments.pytest_arguments = words[end + 1 :]
+    arguments.tests = arguments.tests or NOTICED_BY.get(str(arguments.module))
+    if not arguments.tests:
+        parser.error(f"which tests are to notice changes of {arguments.module}?")
     return arguments
 
 

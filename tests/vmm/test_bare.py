@@ -54,9 +54,9 @@ async def test_a_cancelled_task_leaves_no_process(tmp_path: Path) -> None:
 
 async def test_several_waiters_learn_of_the_end(tmp_path: Path) -> None:
     async with BareLauncher().launch(_request(tmp_path, "sh", "-c", "exit 3")) as process:
-        statuses = await asyncio.gather(process.wait(), process.wait(), process.wait())
+        statuses = tuple(await asyncio.gather(process.wait(), process.wait(), process.wait()))
 
-    assert statuses == [3, 3, 3]
+    assert statuses == (3, 3, 3)
 
 
 async def test_a_signal_is_a_negative_status(tmp_path: Path) -> None:

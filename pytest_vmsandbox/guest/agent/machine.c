@@ -124,6 +124,25 @@ void machine_mount_modules(void)
         closedir(disks);
 }
 
+/* An image is the same for all machines: what names one is made when it starts (machine-id(5)). */
+static void give_machine_id(void)
+{
+    const char *path = "/etc/machine-id";
+    char there[64], uuid[64], id[34];
+    size_t length = 0;
+    if (read_line(path, there, sizeof there) || !read_line("/proc/sys/kernel/random/uuid", uuid, sizeof uuid))
+        return;
+    for (const char *from = uuid; *from && length < 32; from++)
+        if (*from != '-')
+            id[length++] = *from;
+    id[length++] = '\n';
+    int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0444);
+    if (fd < 0 || write(fd, id, length) < 0)
+        console_note("write", path, errno);
+    if (fd >= 0)
+        close(fd);
+}
+
 /* Everything that pid 1 owes the machine before it looks for the host. */
 void machine_start(void)
 {
@@ -139,6 +158,7 @@ void machine_start(void)
         (void)!sethostname("vm", 2);
     load_modules();
     raise_loopback();
+    give_machine_id();
     machine_mount_modules(); /* may move behind the hello: before the first spawn is early enough */
 }
 

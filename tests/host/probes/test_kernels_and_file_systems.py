@@ -1,7 +1,5 @@
 """What this host can do, it is found to do; what its kernel or file systems refuse, it is not."""
 
-
-
 from __future__ import annotations
 
 import json

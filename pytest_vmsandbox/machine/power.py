@@ -1,0 +1,108 @@
+"""Power: on, off, reboot, pause."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+from contextlib import AsyncExitStack
+
+from pytest_vmsandbox.errors import RequestInvalid
+from pytest_vmsandbox.machine.build import Build
+from pytest_vmsandbox.machine.core import MachineCore
+from pytest_vmsandbox.machine.running import BootStalled, PowerOn, open_running
+
+# What a wait may take unless its caller says otherwise, in seconds, before scaling.
+BOOT_S = 60.0
+POWER_S = 60.0
+
+# A boot with no sign of life for this long hangs (seen about once in a thousand emulated
+# boots on loaded hosts): it is tried once more, and counted.
+STALL_S = 20.0
+BOOT_ATTEMPTS = 2
+
+
+class Power(MachineCore):
+    """The verbs that decide whether a machine runs."""
+
+    def __init__(self, build: Build) -> None:
+        super().__init__(build)
+        self._power = AsyncExitStack()
+
+    async def power_on(self, *, timeout: float | None = None) -> None:
+        """Start it with its disks as they are; returns once its agent answers.
+
+        Raises BootFailed when it does not answer within `timeout` seconds (60), and
+        RequestInvalid when it is on. A boot that stalls is tried once more.
+        """
+        if self._running is not None:
+            raise RequestInvalid(f"{self.name} is powered on already")
+        for attempt in range(1, BOOT_ATTEMPTS + 1):
+            self.timings.boot_attempts = attempt
+            try:
+                await self._power_on(boot_s=self.seconds(timeout, BOOT_S))
+            except BootStalled:
+                if attempt == BOOT_ATTEMPTS:
+                    raise
+            else:
+                return
+
+    async def power_cut(self) -> None:
+        """Switch it off at once, as if the mains had failed; disks keep what was written."""
+        self._remembered = self.evidence()
+        self._running = None
+        await self._power.aclose()
+
+    async def shutdown(self, *, timeout: float | None = None) -> None:
+        """Let the guest end everything in good order and power itself off.
+
+        Raises TimedOut when it has not within `timeout` seconds (60); it is still on then.
+        """
+        running, deadline = self._on(), self._deadline(timeout, POWER_S)
+        await running.wait_answering(deadline=deadline)
+        async with running.expecting_its_end():
+            await running.channel.poweroff()
+            await running.wait_ended(deadline=deadline)
+        await self.power_cut()
+
+    async def reboot(self, *, timeout: float | None = None) -> None:
+        """Let the guest restart itself; returns once its agent answers again.
+
+        What runs in the guest ends. Raises TimedOut after `timeout` seconds (60).
+        """
+        running, deadline = self._on(), self._deadline(timeout, POWER_S)
+        await running.wait_answering(deadline=deadline)
+        running.expect_reset()
+        await running.channel.reboot()
+        await running.wait_rebooted(deadline=deadline)
+
+    async def pause(self) -> None:
+        """Stop the guest's processors where they are."""
+        await self.qmp("stop")
+        self._on().channel.heartbeat.suspend()
+
+    async def resume(self) -> None:
+        """Let the guest's processors go on."""
+        await self.qmp("cont")
+        self._on().channel.heartbeat.resume()
+
+    async def close(self) -> None:
+        """End it for good: neither process nor file of it is left. Safe to repeat."""
+        with self.timings.measuring("teardown_s"):
+            await self.power_cut()
+            shutil.rmtree(self.build.config.directory, ignore_errors=True)
+
+    async def _power_on(self, *, boot_s: float) -> None:
+        order = PowerOn(
+            config=self.build.config,
+            nonce=secrets.token_hex(16),
+            log=self.build.config.directory / "vmm.log",
+            boot_s=boot_s,
+            stall_s=STALL_S * self.build.time_scale,
+        )
+        self._last = None
+        self._running = await self._power.enter_async_context(
+            open_running(
+                order, launcher=self.build.launcher, console=self.console, timings=self.timings
+            )
+        )
+        self._last = self._running
