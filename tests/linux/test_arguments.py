@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from typing import cast
 
@@ -34,7 +35,13 @@ from pytest_vmsandbox.linux import (
     umount,
     unshare,
 )
-from pytest_vmsandbox.linux.arguments import bits_of, check_bits, check_range, encode_path
+from pytest_vmsandbox.linux.arguments import (
+    bits_of,
+    check_bits,
+    check_fd,
+    check_range,
+    encode_path,
+)
 
 
 def _sets(bits: int) -> CapabilitySets:
@@ -45,34 +52,33 @@ def _sets(bits: int) -> CapabilitySets:
 # Nothing of this exists: if a refusal failed, the kernel's answer would be an OSError.
 NOWHERE = "/no such place"
 
+# By the words in front of the refusal's colon; trailing spaces tell equal ones apart.
 FLAG_CALLS: dict[str, Callable[[int], object]] = {
-    "mount": lambda bits: mount("none", NOWHERE, "tmpfs", bits),
-    "umount": lambda bits: umount(NOWHERE, bits),
-    "open_tree": lambda bits: open_tree(NOWHERE, bits),
-    "move_mount": lambda bits: move_mount(NOWHERE, NOWHERE, bits),
-    "mount_setattr": lambda bits: mount_setattr(NOWHERE, bits),
-    "mount_setattr, set": lambda bits: mount_setattr(NOWHERE, attr_set=bits),
-    "mount_setattr, clear": lambda bits: mount_setattr(NOWHERE, attr_clr=bits),
-    "mount_setattr, propagation": lambda bits: mount_setattr(NOWHERE, propagation=bits),
-    "unshare": unshare,
-    "setns": lambda bits: setns(-1, bits),
-    "prctl": prctl,
-    "ambient": prctl_raise_ambient_capabilities,
-    "ambient, one by one": lambda bits: prctl_raise_ambient_capabilities([bits]),
-    "capset": lambda bits: _sets(bits).capset(),
-    "eventfd": lambda bits: EventFD(0, bits),
-    "pidfd_open": lambda bits: pidfd_open(2**31 - 1, bits),
-    "location": lambda bits: AtLocation(path=NOWHERE, flags=bits),
+    "mount: flags": lambda bits: mount("none", NOWHERE, "tmpfs", bits),
+    "umount: flags": lambda bits: umount(NOWHERE, bits),
+    "open_tree: flags": lambda bits: open_tree(NOWHERE, bits),
+    "move_mount: flags": lambda bits: move_mount(NOWHERE, NOWHERE, bits),
+    "mount_setattr: flags": lambda bits: mount_setattr(NOWHERE, bits),
+    "mount_setattr: attr_set": lambda bits: mount_setattr(NOWHERE, attr_set=bits),
+    "mount_setattr: attr_clr": lambda bits: mount_setattr(NOWHERE, attr_clr=bits),
+    "mount_setattr: propagation": lambda bits: mount_setattr(NOWHERE, propagation=bits),
+    "unshare: flags": unshare,
+    "setns: nstype": lambda bits: setns(-1, bits),
+    "capabilities": prctl_raise_ambient_capabilities,
+    "capabilities ": lambda bits: prctl_raise_ambient_capabilities([bits]),
+    "capset: effective": lambda bits: _sets(bits).capset(),
+    "eventfd: flags": lambda bits: EventFD(0, bits),
+    "pidfd_open: flags": lambda bits: pidfd_open(2**31 - 1, bits),
+    "flags": lambda bits: AtLocation(path=NOWHERE, flags=bits),
 }
 
 
-@pytest.mark.parametrize("call", FLAG_CALLS.values(), ids=FLAG_CALLS)
+@pytest.mark.parametrize("argument", FLAG_CALLS)
 @pytest.mark.parametrize("bits", [1 << 41, 1 << 63, 1 << 64, (1 << 40 | 1) << 32, -1, -(1 << 40)])
-def test_unknown_high_bits_are_refused_by_every_call(
-    call: Callable[[int], object], bits: int
-) -> None:
-    with pytest.raises(ValueError, match=r"bits that are not accepted|no such option"):
-        call(bits)
+def test_unknown_high_bits_are_refused_by_every_call(argument: str, bits: int) -> None:
+    said = rf"^{argument.strip()}: {bits:#x} has bits that are not accepted: "
+    with pytest.raises(ValueError, match=said):
+        FLAG_CALLS[argument](bits)
 
 
 @pytest.mark.parametrize(
@@ -130,35 +136,38 @@ NUL_CALLS: dict[str, Callable[[str], object]] = {
 @pytest.mark.parametrize("argument", NUL_CALLS)
 @pytest.mark.parametrize("bad", ["/tmp\0x", "\0", "/tmp\0"])
 def test_a_nul_is_refused_and_the_argument_named(argument: str, bad: str) -> None:
-    with pytest.raises(ValueError, match=rf"^{argument.strip()} holds a NUL byte"):
+    shown = re.escape(repr(bad.encode()))
+    with pytest.raises(ValueError, match=rf"^{argument.strip()} holds a NUL byte: {shown}$"):
         NUL_CALLS[argument](bad)
 
 
 @pytest.mark.parametrize(
-    "call",
+    ("argument", "call"),
     [
-        lambda: setns(2**32),
-        lambda: setns(-2),
-        lambda: pidfd_open(2**32 + 1),
-        lambda: pidfd_open(0),
-        lambda: pidfd_open(-1),
-        lambda: pidfd_send_signal(2**32, 0),
-        lambda: pidfd_send_signal(0, 65),
-        lambda: pidfd_send_signal(0, -1),
-        lambda: prctl_set_pdeathsig(65),
-        lambda: prctl_set_pdeathsig(-1),
-        lambda: prctl(1, 2**64),
-        lambda: prctl(1, 0, 0, 0, -(2**63) - 1),
-        lambda: CapabilitySets.capget(-1),
-        lambda: CapabilitySets.capget(2**32 + 1),
-        lambda: EventFD(2**32),
-        lambda: EventFD(-1),
-        lambda: AtLocation(-1, "x"),
-        lambda: AtLocation(2**32 + 1, "x"),
+        ("setns: fd", lambda: setns(2**32)),
+        ("setns: fd", lambda: setns(-2)),
+        ("pidfd_open: pid", lambda: pidfd_open(2**32 + 1)),
+        ("pidfd_open: pid", lambda: pidfd_open(0)),
+        ("pidfd_open: pid", lambda: pidfd_open(-1)),
+        ("pidfd", lambda: pidfd_send_signal(2**32, 0)),
+        ("signal", lambda: pidfd_send_signal(0, 65)),
+        ("signal", lambda: pidfd_send_signal(0, -1)),
+        ("signal", lambda: prctl_set_pdeathsig(65)),
+        ("signal", lambda: prctl_set_pdeathsig(-1)),
+        ("prctl: arg2", lambda: prctl(1, 2**64)),
+        ("prctl: arg3", lambda: prctl(1, 0, 2**64)),
+        ("prctl: arg4", lambda: prctl(1, 0, 0, 2**64)),
+        ("prctl: arg5", lambda: prctl(1, 0, 0, 0, -(2**63) - 1)),
+        ("capget: pid", lambda: CapabilitySets.capget(-1)),
+        ("capget: pid", lambda: CapabilitySets.capget(2**32 + 1)),
+        ("eventfd: initval", lambda: EventFD(2**32)),
+        ("eventfd: initval", lambda: EventFD(-1)),
+        ("fd", lambda: AtLocation(-1, "x")),
+        ("fd", lambda: AtLocation(2**32 + 1, "x")),
     ],
 )
-def test_a_number_that_c_would_cut_is_refused(call: Callable[[], object]) -> None:
-    with pytest.raises(ValueError, match=r"-?\d+ is not in "):
+def test_a_number_that_c_would_cut_is_refused(argument: str, call: Callable[[], object]) -> None:
+    with pytest.raises(ValueError, match=rf"^{argument}: -?\d+ is not in -?\d+\.\.\d+$"):
         call()
 
 
@@ -193,6 +202,17 @@ def test_a_range_includes_both_its_ends(value: int, *, good: bool) -> None:
     else:
         with pytest.raises(ValueError, match=r"^it: \d is not in 1\.\.3"):
             check_range(value, lowest=1, highest=3, argument="it")
+
+
+@pytest.mark.parametrize("fd", [-1, 0, 2**31 - 1])
+def test_a_number_that_may_be_a_descriptor_is_left_to_the_kernel(fd: int) -> None:
+    assert check_fd(fd, argument="fd") == fd
+
+
+@pytest.mark.parametrize("fd", [-2, 2**31])
+def test_a_number_that_no_descriptor_has_is_refused(fd: int) -> None:
+    with pytest.raises(ValueError, match=rf"^fd: {fd} is not in -1\.\.2147483647$"):
+        check_fd(fd, argument="fd")
 
 
 @pytest.mark.parametrize("odd", [b"/tmp/\xff\xfe", "/tmp/\udcff\udcfe", "/tmp/é"])
