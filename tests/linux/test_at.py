@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from dataclasses import FrozenInstanceError
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,21 @@ def test_a_location_never_closes_its_descriptor(tmp_path: Path) -> None:
     del place
 
     os.close(fd)  # would fail with EBADF
+
+
+def test_the_lowest_descriptor_is_one_too() -> None:
+    assert AtLocation(0, "x").fspath() == "/proc/self/fd/0/x"
+
+
+def test_a_location_stays_what_it_was_checked_to_be() -> None:
+    place = AtLocation(7, "a")
+
+    with pytest.raises(FrozenInstanceError):
+        place.path = "\0"  # type: ignore[misc]  # the very mistake
+    with pytest.raises((AttributeError, TypeError)):
+        object.__setattr__(place, "flag", AtFlags(0))
+
+    assert place == AtLocation(7, "a")
 
 
 def test_an_empty_path_means_the_descriptor_itself() -> None:
