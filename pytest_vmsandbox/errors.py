@@ -71,7 +71,9 @@ class Evidence:
             ("command line", self.command_line),
             ("console, last lines", self.console_tail),
         )
-        return "\n".join(f"--- {title} ---\n{text.rstrip()}" for title, text in parts if text)
+        return "\n".join(
+            f"--- {title} ---\n{visible(text.rstrip())}" for title, text in parts if text
+        )
 
 
 class MachineFailed(VmSandboxError):
@@ -130,7 +132,8 @@ class TimedOut(VmSandboxError, TimeoutError):
 
     def __str__(self) -> str:
         sentence = f"{self.awaited}: not within {self.after_s:.1f} s"
-        return f"{sentence}\n--- last seen ---\n{self.last_seen}" if self.last_seen else sentence
+        seen = visible(self.last_seen)
+        return f"{sentence}\n--- last seen ---\n{seen}" if seen else sentence
 
 
 class OutcomeUnknown(VmSandboxError):
@@ -182,6 +185,19 @@ class TeardownRefused(VmSandboxError):
         return f"{sentence}\n  inspect: {self.inspect}" if self.inspect else sentence
 
 
+def visible(text: str) -> str:
+    """`text` with what would move a terminal's cursor or change its colours shown as escapes.
+
+    What a guest printed is quoted in reports, and must not steer the terminal that shows it.
+    """
+    return "".join(
+        character
+        if character.isprintable() or character in "\n\t"
+        else character.encode("unicode_escape").decode()
+        for character in text
+    )
+
+
 def _how_it_ended(returncode: int) -> str:
     if returncode >= 0:
         return f"exited with {returncode}"
@@ -193,4 +209,4 @@ def _how_it_ended(returncode: int) -> str:
 
 def _tail(text: str | bytes, *, characters: int = 2000) -> str:
     shown = text.decode(errors="backslashreplace") if isinstance(text, bytes) else text
-    return shown[-characters:].rstrip()
+    return visible(shown[-characters:].rstrip())

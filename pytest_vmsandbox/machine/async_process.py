@@ -91,7 +91,9 @@ class AsyncProcess:
 
     async def wait(self, *, timeout: float | None = None) -> int:
         """Its exit status once it has ended; TimedOut after `timeout` seconds."""
-        return await self._caller.bridge(wait_for(self._guest, timeout=timeout))
+        return await self._caller.bridge(
+            wait_for(self._guest, deadline=self._caller.deadline(timeout))
+        )
 
     async def send_signal(self, number: signal.Signals | int) -> None:
         """Send a signal to its process group; nothing where it has ended."""

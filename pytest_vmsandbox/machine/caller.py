@@ -6,6 +6,7 @@ from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+from pytest_vmsandbox.deadline import Deadline
 from pytest_vmsandbox.errors import MachineFailed
 from pytest_vmsandbox.machine.controller import MachineController
 from pytest_vmsandbox.machine.engine import Engine
@@ -19,6 +20,12 @@ class Caller:
     def __init__(self, controller: MachineController, engine: Engine) -> None:
         self.controller = controller
         self._engine = engine
+
+    def deadline(self, timeout: float | None) -> Deadline:
+        """`timeout` seconds from now, scaled to the host's speed; None never comes."""
+        return Deadline.after(
+            seconds=None if timeout is None else self.controller.seconds(timeout, timeout)
+        )
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """The result of `work`; the calling thread waits."""

@@ -6,7 +6,7 @@ import secrets
 import shutil
 from contextlib import AsyncExitStack
 
-from pytest_vmsandbox.errors import RequestInvalid
+from pytest_vmsandbox.errors import BootFailed, RequestInvalid
 from pytest_vmsandbox.machine.build import Build
 from pytest_vmsandbox.machine.core import MachineCore
 from pytest_vmsandbox.machine.running import BootStalled, PowerOn, open_running
@@ -40,8 +40,9 @@ class Power(MachineCore):
             self.timings.boot_attempts = attempt
             try:
                 await self._power_on(boot_s=self.seconds(timeout, BOOT_S))
-            except BootStalled:
-                if attempt == BOOT_ATTEMPTS:
+            except BootFailed as failed:
+                self._remembered = failed.evidence
+                if attempt == BOOT_ATTEMPTS or not isinstance(failed, BootStalled):
                     raise
             else:
                 return

@@ -43,7 +43,7 @@ class Process:
 
     def wait(self, *, timeout: float | None = None) -> int:
         """Its exit status once it has ended; TimedOut after `timeout` seconds."""
-        return self._caller.run(wait_for(self._guest, timeout=timeout))
+        return self._caller.run(wait_for(self._guest, deadline=self._caller.deadline(timeout)))
 
     def send_signal(self, number: signal.Signals | int) -> None:
         """Send a signal to its process group; nothing where it has ended."""
@@ -63,9 +63,8 @@ async def close(stream: ReadStream) -> None:
     stream.close()
 
 
-async def wait_for(guest: GuestProcess, *, timeout: float | None) -> int:
-    """The exit status of `guest`, or TimedOut after `timeout` seconds."""
-    deadline = Deadline.after(seconds=timeout)
+async def wait_for(guest: GuestProcess, *, deadline: Deadline) -> int:
+    """The exit status of `guest`, or TimedOut at the deadline."""
     try:
         async with asyncio.timeout(deadline.timeout_s):
             return await guest.wait()

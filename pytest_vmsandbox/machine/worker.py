@@ -17,7 +17,7 @@ from pathlib import Path
 
 from pytest_vmsandbox.errors import HostUnfit
 from pytest_vmsandbox.guest.compiler import agent_binary
-from pytest_vmsandbox.host.facts import Accel, Capability, HostFacts, Tier, Verdict
+from pytest_vmsandbox.host.facts import Capability, HostFacts, Tier, Verdict
 from pytest_vmsandbox.host.survey import probe_host, settle_kvm
 from pytest_vmsandbox.image.cache import ensure_image
 from pytest_vmsandbox.image.image import Image
@@ -46,6 +46,7 @@ class WorkerSettings:
     timeout_scale: float = 1.0
     host_kernel: Path | None = None
     reprobe: bool = False
+    machine_type: MachineType = MachineType.Q35
 
 
 class Worker:
@@ -136,7 +137,7 @@ class Worker:
             kernel=image.kernel,
             initramfs=image.initramfs,
             command_line=image.command_line,
-            machine_type=_machine_type(accel),
+            machine_type=self.settings.machine_type,
             accel=accel,
             seccomp=facts.qemu.sandbox,
             memory_mib=spec.memory_mib,
@@ -197,15 +198,6 @@ class Worker:
             progress=self._progress,
             host_kernel=self.settings.host_kernel,
         )
-
-
-def _machine_type(accel: str) -> MachineType:
-    """`microvm` where KVM keeps the time, `q35` elsewhere.
-
-    Under TCG a `microvm` whose clock calibration fails hangs in its boot for good; that
-    happened in one of forty boots on an idle host, and in most of them on a loaded one.
-    """
-    return MachineType.MICROVM if accel == Accel.KVM else MachineType.Q35
 
 
 def _require_tier(wanted: str) -> None:

@@ -147,6 +147,13 @@ OPTIONS = (
         help="boot this kernel of the host (/boot/vmlinuz-...) with its modules",
     ),
     Option(
+        name="vm_machine",
+        parse=_one_of("q35", "microvm"),
+        default="q35",
+        help="QEMU's machine type: q35, or microvm, which has no PCI and no display, and whose "
+        "boot under TCG may hang while it calibrates its clocks (q35)",
+    ),
+    Option(
         name="vm_durations",
         parse=_whole(least=0),
         default=0,
@@ -184,6 +191,7 @@ class Settings:
     cache_dir: Path | None
     run_dir: Path | None
     host_kernel: Path | None
+    machine: str
     durations: int
     reprobe: bool
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from _pytest._code.code import ExceptionRepr
 
+from pytest_vmsandbox.errors import visible
 from pytest_vmsandbox.plugin.session import SETTINGS, machines_of
 
 if TYPE_CHECKING:
@@ -116,17 +117,21 @@ def _sections(machine: MachineController, since: int) -> Iterator[tuple[str, str
         ("timings", str(machine.timings)),
     ):
         if text.strip():
-            yield f"{machine.name}: {what}", text.rstrip()
+            yield f"{machine.name}: {what}", visible(text.rstrip())
 
 
 def _write_artifacts(directory: Path, machine: MachineController) -> None:
     directory.mkdir(parents=True, exist_ok=True)
+    directory.chmod(0o700)  # a console may hold secrets of the guest
     evidence = machine.evidence()
-    (directory / "console.log").write_text(machine.console.text)
-    (directory / "vmm.log").write_text(evidence.vmm_stderr)
-    (directory / "command.txt").write_text(evidence.command_line + "\n")
     facts = {**asdict(machine.facts), "timings": asdict(machine.timings)}
-    (directory / "facts.json").write_text(json.dumps(facts, indent=2) + "\n")
+    for name, text in (
+        ("console.log", machine.console.text),
+        ("vmm.log", evidence.vmm_stderr),
+        ("command.txt", evidence.command_line + "\n"),
+        ("facts.json", json.dumps(facts, indent=2) + "\n"),
+    ):
+        (directory / name).write_text(text)
 
 
 def _records(reporter: pytest.TerminalReporter) -> list[dict[str, Any]]:

@@ -26,6 +26,7 @@ def worker_of(config: pytest.Config) -> Worker:
 
         from pytest_vmsandbox.machine.worker import Worker, WorkerSettings
         from pytest_vmsandbox.plugin.progress import TerminalProgress
+        from pytest_vmsandbox.vmm.qemu import MachineType
 
         settings = config.stash[SETTINGS]
         worker = Worker(
@@ -36,6 +37,7 @@ def worker_of(config: pytest.Config) -> Worker:
                 timeout_scale=settings.timeout_scale,
                 host_kernel=settings.host_kernel,
                 reprobe=settings.reprobe,
+                machine_type=MachineType(settings.machine),
             ),
             progress=TerminalProgress(config),
         )

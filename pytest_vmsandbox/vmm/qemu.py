@@ -101,6 +101,9 @@ def _render_devices(config: QemuConfig) -> Iterator[str]:
         yield from ("-device", f"virtio-blk-{bus},drive={serial},serial={serial}")
     if config.machine_type is MachineType.Q35:
         yield from ("-device", "pvpanic-pci")
+        # For screenshots; the kernel's text console needs no driver for it, and it costs no
+        # measurable time. Little memory: a frozen machine will have to carry it.
+        yield from ("-device", "VGA,vgamem_mb=2")
 
 
 def _cpu(config: QemuConfig) -> str:

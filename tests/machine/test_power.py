@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
 from pytest_vmsandbox import Machine, RequestInvalid, TimedOut
+from pytest_vmsandbox.vmm.qemu import MachineType
 
 
 def _boot_id(vm: Machine) -> str:
@@ -76,6 +81,41 @@ def test_qmp_is_the_way_around_and_refusals_name_the_command(vm: Machine) -> Non
     assert vm.qmp("query-status") == {"running": True, "singlestep": False, "status": "running"}
     with pytest.raises(RequestInvalid, match="QMP no-such-command"):
         vm.qmp("no-such-command")
+
+
+def test_a_screenshot_shows_what_the_guest_draws(vm: Machine, tmp_path: Path) -> None:
+    vm.screenshot(tmp_path / "before.png")
+    # The firmware left the display in text mode: characters and their colours lie at 0xb8000.
+    draw = "printf 'S\\007e\\007e\\007' | dd of=/dev/mem bs=1 seek=$((0xb8000)) conv=notrunc"
+    vm.run(draw, check=True)
+    vm.screenshot(tmp_path / "after.png")
+
+    before, after = ((tmp_path / name).read_bytes() for name in ("before.png", "after.png"))
+    assert after.startswith(b"\x89PNG\r\n")
+    assert after != before
+
+
+def test_each_machine_has_an_identity_of_its_own(vm: Machine) -> None:
+    before = vm.read_text("/etc/machine-id")
+    vm.reboot()
+
+    assert re.fullmatch(r"[0-9a-f]{32}\n", before)
+    assert vm.read_text("/etc/machine-id") != before
+
+
+def test_a_microvm_boots_and_answers_too(vm: Machine) -> None:
+    vm.power_cut()
+    build = vm._controller.build
+    # Told its clock's rate, the kernel does not calibrate it, which under TCG may hang for good.
+    (khz,) = re.findall(r"cpu MHz\s*: (\d+)\.(\d+)", Path("/proc/cpuinfo").read_text())[:1]
+    told = (*build.config.command_line, f"tsc_early_khz={''.join(khz)}")
+    config = replace(build.config, machine_type=MachineType.MICROVM, command_line=told)
+    vm._controller.build = replace(build, config=config)
+    vm.power_on()
+
+    assert vm.run("ls /sys/bus/pci/devices 2>/dev/null").stdout == ""
+    with pytest.raises(RequestInvalid, match="screendump"):
+        vm.screenshot("/dev/null")
 
 
 def test_what_the_machine_is_stands_in_its_facts(vm: Machine) -> None:

@@ -77,4 +77,8 @@ def test_seccomp_denies_what_a_vmm_never_needs() -> None:
 def test_a_microvm_has_no_pci_devices() -> None:
     command = render_command(replace(CONFIG, machine_type=MachineType.MICROVM))
 
-    assert not [word for word in command if "-pci" in word]
+    assert not [word for word in command if "-pci" in word or "VGA" in word]
+
+
+def test_a_qemu_without_seccomp_is_not_asked_for_it() -> None:
+    assert "-sandbox" not in render_command(replace(CONFIG, seccomp=False))
