@@ -143,6 +143,7 @@ def test_words_mean_these_flags(text: str, flags: MountFlags) -> None:
         (MountFlags.NOEXEC | MountFlags.RDONLY | MountFlags.NOSUID, "ro,nosuid,noexec"),
         (MountFlags.PRIVATE | MountFlags.REC, "rprivate"),
         (MountFlags.BIND | MountFlags.REC | MountFlags.SLAVE, "rbind,slave"),
+        (MountFlags.BIND | MountFlags.REC | MountFlags.MOVE, "rbind,move"),
         (MountFlags.REC | MountFlags.REMOUNT, "remount,rec"),
     ],
 )

@@ -27,6 +27,7 @@ from pytest_vmsandbox.linux import (
     unshare,
 )
 from pytest_vmsandbox.linux.mount_tree import _with_place
+from pytest_vmsandbox.linux.owned_fd import OwnedFd
 
 InChild = Callable[..., None]
 
@@ -146,8 +147,13 @@ def test_a_tree_is_only_copied_whole_when_it_is_copied() -> None:
 
 
 def test_a_tree_opened_without_a_copy_is_the_place_itself(tmp_path: Path) -> None:
+    def mount_of(fd: int) -> str:
+        return Path(f"/proc/self/fdinfo/{fd:d}").read_text().split("mnt_id:")[1].split()[0]
+
     with open_tree(tmp_path) as tree:
         assert os.path.samestat(os.fstat(tree), tmp_path.stat())
+        with OwnedFd(os.open(tmp_path, os.O_PATH)) as usual:
+            assert mount_of(tree) == mount_of(usual)
         with open_tree(AtLocation(tree)) as again:
             assert os.path.samestat(os.fstat(again), tmp_path.stat())
             assert not os.get_inheritable(again)
@@ -183,6 +189,24 @@ def test_attributes_are_changed_for_a_whole_tree(in_room: InChild) -> None:
         assert "noexec" in options("/tmp/a/sub")
         (found,) = [one for one in read_mountinfo() if one.is_at("/tmp/a")]
         assert found.shared_group
+
+    in_room(body)
+
+
+def test_only_the_attributes_that_are_named_are_changed(in_room: InChild) -> None:
+    def body() -> None:
+        def options() -> set[str]:
+            (found,) = [one for one in read_mountinfo() if one.is_at("/tmp/a")]
+            return set(found.options) & {"ro", "rw", "nodev"}
+
+        Path("a").mkdir()
+        mount("it", "a", "tmpfs")
+        mount_setattr("a", attr_set=MountAttrFlags.RDONLY)
+        mount_setattr("a", attr_set=MountAttrFlags.NODEV)
+        assert options() == {"ro", "nodev"}
+        mount_setattr("a", attr_clr=MountAttrFlags.RDONLY)
+        mount_setattr("a", attr_clr=MountAttrFlags.NODEV)
+        assert options() == {"rw"}
 
     in_room(body)
 

@@ -172,6 +172,17 @@ def test_a_busy_mount_stays_unless_it_is_detached(in_room: InChild) -> None:
     in_room(body)
 
 
+def test_unmounting_forces_nothing_unless_asked_to(in_room: InChild) -> None:
+    def body() -> None:
+        # Forcing is for those who own the file system, which here is the host's (umount2(2)).
+        Path("m").touch()
+        mount("/etc/passwd", "m", None, MountFlags.BIND)
+        umount("m")
+        assert Path("m").read_text() == ""
+
+    in_room(body)
+
+
 def test_a_link_is_not_followed_where_that_was_asked_for(in_room: InChild) -> None:
     def body() -> None:
         Path("m").mkdir()

@@ -51,6 +51,15 @@ def test_a_negative_argument_is_the_long_that_it_stands_for() -> None:
             prctl(PrctlOption.SET_NO_NEW_PRIVS, value)
 
 
+@pytest.mark.parametrize("value", [-(2**63) + 5, 2**63 + 5])
+def test_an_argument_reaches_the_kernel_with_all_its_bits(in_child: InChild, value: int) -> None:
+    def body(given: int) -> None:
+        prctl(PrctlOption.SET_TIMERSLACK, given)
+        assert Path("/proc/self/timerslack_ns").read_text() == f"{2**63 + 5}\n"
+
+    in_child(body, value)
+
+
 @pytest.mark.parametrize("option", [0, -1, 17, 2**31, 2**40 + 1, 2**63, 2**64 + 1])
 def test_an_unknown_option_is_refused(option: int) -> None:
     with pytest.raises(ValueError, match=f"^prctl: no such option: {option}$"):
