@@ -104,6 +104,9 @@ OPERATORS: dict[type[ast.AST], type[ast.AST]] = {
     ast.RShift: ast.LShift,
 }
 
+# How long a run without end may clean up after itself.
+GRACE_S = 10
+
 # Fields of a node that hold types.
 TYPES = {"annotation", "returns"}
 
@@ -260,6 +263,10 @@ class Trial:
             try:
                 return process.wait(timeout=timeout_s) == 0
             except subprocess.TimeoutExpired:
+                # Fixtures then still remove their users and mounts, if they can.
+                process.send_signal(signal.SIGINT)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=GRACE_S)
                 return False
             finally:
                 # Reaped or not, the session is the tests' own: nothing of them may go on.
@@ -340,6 +347,8 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> int:
+    # A shell's `&` has SIGINT ignored, which the tests would inherit.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # Ended from outside, it still removes its copies.
     signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit("terminated"))
     arguments = parse_arguments()
