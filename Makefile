@@ -16,7 +16,7 @@ $(READY): pyproject.toml hatch_build.py .ci/prepare
 
 demo: $(READY)  ## install what is missing, build the default image, run examples/ on real machines
 	$(BIN)/vmsandbox image build
-	$(BIN)/pytest examples
+	$(BIN)/pytest examples/test_first_steps.py
 	$(BIN)/pytest examples -n 2
 
 test: $(READY)  ## the same set-up, then the whole suite, with coverage

@@ -7,17 +7,17 @@ import pytest
 from pytest_vmsandbox import GuestPanicked, Machine
 
 
-def test_a_module_is_loaded(vm: Machine) -> None:
-    vm.run(["modprobe", "dummy"], check=True)
+def test_a_module_is_loaded(vm_module: Machine) -> None:
+    vm_module.run(["modprobe", "dummy"], check=True)
 
-    assert "dummy0" in vm.run("ip link").stdout
+    assert "dummy0" in vm_module.run("ip link").stdout
 
 
-def test_a_file_system_is_made_mounted_and_filled(vm: Machine) -> None:
-    vm.run("truncate -s 16M /root/disk && mke2fs -F /root/disk", check=True)
-    vm.run("modprobe loop && mount -o loop /root/disk /mnt", check=True)
+def test_a_file_system_is_made_mounted_and_filled(vm_module: Machine) -> None:
+    vm_module.run("truncate -s 16M /root/disk && mke2fs -F /root/disk", check=True)
+    vm_module.run("modprobe loop && mount -o loop /root/disk /mnt", check=True)
 
-    full = vm.run("cat /dev/zero > /mnt/filler")
+    full = vm_module.run("cat /dev/zero > /mnt/filler")
 
     assert full.returncode != 0
     assert "No space left" in full.stderr
