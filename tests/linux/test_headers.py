@@ -125,6 +125,16 @@ def test_a_short_name_means_what_its_long_one_means(enum: type[IntFlag | IntEnum
         assert enum[name] == enum[long_names[name]], name
 
 
+def test_a_name_that_several_enums_have_is_one_number() -> None:
+    # Of those that come from one header, only one is compared with it.
+    numbers: dict[str, set[int]] = {}
+    for enum, (_headers, prefix) in ENUMS.items():
+        for name in filter(re.compile(prefix).match, enum.__members__):
+            numbers.setdefault(name, set()).add(int(enum[name]))
+
+    assert {name for name, different in numbers.items() if len(different) > 1} == set()
+
+
 @pytest.mark.parametrize("machine", libc_module._MACHINES)
 def test_call_numbers_are_those_of_each_machines_headers(machine: str, tmp_path: Path) -> None:
     names = {name: name for name in libc_module._CALLS} | {"eventfd": "eventfd2"}

@@ -37,6 +37,7 @@ HEADERS = "tests/linux/test_headers.py"
 # Once more the constants, by a compiler that brings the newest headers; it takes half a second.
 NEWEST_HEADERS = f"{HEADERS}::test_constants_equal_those_of_the_newest_headers_at_hand"
 LONG_NAMES = f"{HEADERS}::test_a_short_name_means_what_its_long_one_means"
+SHARED_NAMES = f"{HEADERS}::test_a_name_that_several_enums_have_is_one_number"
 REFUSALS = "tests/linux/test_arguments.py"
 
 # The ground that is held to 95 %, and the tests that are to notice, the quickest first.
@@ -49,7 +50,11 @@ NOTICED_BY = {
     "pytest_vmsandbox/host/socket_auth.py": ("tests/host/test_socket_auth.py",),
     "pytest_vmsandbox/host/peer_process.py": ("tests/host/test_socket_auth.py",),
     "pytest_vmsandbox/linux/arguments.py": (REFUSALS, "tests/linux/test_at.py"),
-    "pytest_vmsandbox/linux/at.py": ("tests/linux/test_at.py", NEWEST_HEADERS, REFUSALS),
+    "pytest_vmsandbox/linux/at.py": (
+        "tests/linux/test_at.py",
+        NEWEST_HEADERS,
+        REFUSALS,
+    ),
     "pytest_vmsandbox/linux/clone.py": (
         NEWEST_HEADERS,
         LONG_NAMES,
@@ -65,6 +70,7 @@ NOTICED_BY = {
     ),
     "pytest_vmsandbox/linux/mount_tree.py": (
         NEWEST_HEADERS,
+        SHARED_NAMES,
         REFUSALS,
         "tests/linux/test_mount_tree.py",
     ),
