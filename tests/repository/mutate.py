@@ -207,7 +207,7 @@ def edits_of(node: ast.AST) -> Iterator[Edit]:
 def edits_of_condition(node: ast.If | ast.While | ast.IfExp) -> Iterator[Edit]:
     """The opposite of a condition that has no operator of its own to change."""
     if not isinstance(node.test, ast.Compare | ast.BoolOp | ast.UnaryOp | ast.Constant):
-        yield Edit(node.test, partial(negate, node, "test"))
+        yield Edit(node, partial(negate, node, "test"))
 
 
 def another(value: object) -> object:
