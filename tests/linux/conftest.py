@@ -55,7 +55,7 @@ def in_child(user_id: int) -> InChild:
 
 @pytest.fixture
 def in_room(user_id: int) -> InChild:
-    """A child as that user, root of a mount namespace of its own, in an empty tmpfs at /tmp."""
+    """A child as that user, root of a mount namespace of its own, in an empty tmpfs at /mnt."""
     if refusal := _refusal(user_id):
         pytest.skip(f"VMS-TEST-NO-NAMESPACE: uid {user_id} can't mount in its own: {refusal}")
 
@@ -79,8 +79,8 @@ def enter_room() -> None:
         Path("/proc/self/uid_map").write_text(f"0 {user} 1")
         Path("/proc/self/gid_map").write_text(f"0 {group} 1")
     mount(None, "/", None, MountFlags.PRIVATE | MountFlags.REC)
-    mount("room", "/tmp", "tmpfs", MountFlags.NOSUID)
-    os.chdir("/tmp")
+    mount("room", "/mnt", "tmpfs", MountFlags.NOSUID)
+    os.chdir("/mnt")
 
 
 @cache
@@ -100,7 +100,7 @@ def _refusal(user_id: int) -> str:
     Asked of the host's programs: were it our own calls, their mistakes would skip their tests.
     """
     map_user = ["--user", "--map-root-user"] if user_id else []
-    mount_tmpfs = ["mount", "-t", "tmpfs", "room", "/tmp"]
+    mount_tmpfs = ["mount", "-t", "tmpfs", "room", "/mnt"]
     try:
         done = _as_user(user_id, ["unshare", "--mount", *map_user, "--", *mount_tmpfs])
     except FileNotFoundError as error:

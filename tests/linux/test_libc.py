@@ -94,7 +94,7 @@ def test_every_call_works_by_number_where_the_library_has_no_wrapper(in_room: In
         with open_tree("a", OpenTreeFlags.CLONE) as tree:
             mount_setattr(AtLocation(tree), attr_set=MountAttrFlags.NOEXEC)
             move_mount(AtLocation(tree), "b")
-        (found,) = [one for one in read_mountinfo() if one.is_at("/tmp/b")]
+        (found,) = [one for one in read_mountinfo() if one.is_at("/mnt/b")]
         assert "noexec" in found.options
         umount("b", UmountFlags.DETACH)
         with EventFD(3) as counter:
@@ -165,7 +165,7 @@ def test_ten_thousand_calls_good_and_bad_leave_no_descriptor(in_room: InChild) -
             lambda: open_tree(".").close(),
             lambda: open_tree(AtLocation(here), OpenTreeFlags.CLONE).close(),
             lambda: open_tree("/no such place"),
-            lambda: open_tree("/tmp\0", OpenTreeFlags.CLONE),
+            lambda: open_tree("/mnt\0", OpenTreeFlags.CLONE),
             lambda: pidfd_open(me).close(),
             lambda: pidfd_open(2**31 - 1),
             lambda: move_mount("/no such place", "."),

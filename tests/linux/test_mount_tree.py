@@ -26,7 +26,7 @@ from pytest_vmsandbox.linux import (
     read_mountinfo,
     unshare,
 )
-from pytest_vmsandbox.linux.mount_tree import _with_place
+from pytest_vmsandbox.linux.mount_tree import _MountAttr, _with_place
 from pytest_vmsandbox.linux.owned_fd import OwnedFd
 
 InChild = Callable[..., None]
@@ -63,7 +63,7 @@ def test_an_attached_mount_is_moved_by_descriptor_and_name(in_room: InChild) -> 
         here = os.open(".", os.O_PATH)
         move_mount(AtLocation(here, "a"), AtLocation(here).joinpath("b"))
 
-        assert [one.mount_point for one in read_mountinfo() if one.source == "it"] == ["/tmp/b"]
+        assert [one.mount_point for one in read_mountinfo() if one.source == "it"] == ["/mnt/b"]
 
     in_room(body)
 
@@ -85,7 +85,7 @@ def test_the_places_decide_whether_links_are_followed(in_room: InChild) -> None:
             assert caught.value.errno in (errno.EINVAL, errno.ENOTDIR)
             assert (caught.value.filename, caught.value.filename2) == (source, target)
         move_mount("to_a", "to_b")
-        assert [one.mount_point for one in read_mountinfo() if one.source == "it"] == ["/tmp/b"]
+        assert [one.mount_point for one in read_mountinfo() if one.source == "it"] == ["/mnt/b"]
 
     in_room(body)
 
@@ -182,12 +182,12 @@ def test_attributes_are_changed_for_a_whole_tree(in_room: InChild) -> None:
             attr_set=MountAttrFlags.NOEXEC | MountAttrFlags.NOATIME,
             attr_clr=MountAttrFlags.ATIME,
         )
-        assert options("/tmp/a") >= {"noexec", "noatime"} <= options("/tmp/a/sub")
+        assert options("/mnt/a") >= {"noexec", "noatime"} <= options("/mnt/a/sub")
 
         mount_setattr("a", attr_clr=MountAttrFlags.NOEXEC, propagation=MountFlags.SHARED)
-        assert "noexec" not in options("/tmp/a")
-        assert "noexec" in options("/tmp/a/sub")
-        (found,) = [one for one in read_mountinfo() if one.is_at("/tmp/a")]
+        assert "noexec" not in options("/mnt/a")
+        assert "noexec" in options("/mnt/a/sub")
+        (found,) = [one for one in read_mountinfo() if one.is_at("/mnt/a")]
         assert found.shared_group
 
     in_room(body)
@@ -196,7 +196,7 @@ def test_attributes_are_changed_for_a_whole_tree(in_room: InChild) -> None:
 def test_only_the_attributes_that_are_named_are_changed(in_room: InChild) -> None:
     def body() -> None:
         def options() -> set[str]:
-            (found,) = [one for one in read_mountinfo() if one.is_at("/tmp/a")]
+            (found,) = [one for one in read_mountinfo() if one.is_at("/mnt/a")]
             return set(found.options) & {"ro", "rw", "nodev"}
 
         Path("a").mkdir()
@@ -271,6 +271,14 @@ def test_ids_are_mapped_by_a_user_namespace(in_room: InChild, user_id: int) -> N
 def test_impossible_attributes_are_refused(wrong: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=f"^mount_setattr: {message}$"):
         mount_setattr("/no such place", 0, **wrong)
+
+
+def test_attributes_are_laid_out_as_the_kernel_reads_them() -> None:
+    fields = [getattr(_MountAttr, name) for name, _type in _MountAttr._fields_]
+    names = [name for name, _type in _MountAttr._fields_]
+
+    assert names == ["attr_set", "attr_clr", "propagation", "userns_fd"]
+    assert [(field.offset, field.size) for field in fields] == [(0, 8), (8, 8), (16, 8), (24, 8)]
 
 
 def test_a_failure_names_the_call_and_the_place(in_room: InChild) -> None:

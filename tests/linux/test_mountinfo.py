@@ -241,19 +241,19 @@ def test_stacked_and_nested_mounts_are_really_taken_off_in_that_order(in_room: I
             mount("it", "jail", "tmpfs")
         Path("jail/a/b").mkdir(parents=True)
         mount("it", "jail/a", "tmpfs")
-        mount("/tmp/jailer", "/tmp/jailer", None, MountFlags.BIND)
+        mount("/mnt/jailer", "/mnt/jailer", None, MountFlags.BIND)
         # Moved below a younger one, its place in the table no longer tells its depth.
         mount("it", "jailer", "tmpfs")
         Path("jail/a/c").mkdir()
         mount("jailer", "jail/a/c", None, MountFlags.MOVE)
 
-        order = mounts_at_or_below(read_mountinfo(), "/tmp/jail")
+        order = mounts_at_or_below(read_mountinfo(), "/mnt/jail")
         assert len(order) == 6
-        assert order[0].mount_point == "/tmp/jail/a/c"
+        assert order[0].mount_point == "/mnt/jail/a/c"
         for one in order:
             umount(one.mount_point)
-        assert mounts_at_or_below(read_mountinfo(), "/tmp/jail") == ()
-        assert len(mounts_at_or_below(read_mountinfo(os.getpid()), "/tmp/jailer")) == 1
+        assert mounts_at_or_below(read_mountinfo(), "/mnt/jail") == ()
+        assert len(mounts_at_or_below(read_mountinfo(os.getpid()), "/mnt/jailer")) == 1
 
     in_room(body)
 
@@ -264,7 +264,7 @@ def test_a_mount_of_a_deleted_file_is_recognised(in_room: InChild) -> None:
             Path(name).write_text("")
         mount("a", "b", None, MountFlags.BIND)
         Path("a").unlink()
-        (found,) = [one for one in read_mountinfo() if one.is_at("/tmp/b")]
+        (found,) = [one for one in read_mountinfo() if one.is_at("/mnt/b")]
         assert (found.root, found.root_deleted) == ("/a", True)
         umount("b")
 
@@ -273,12 +273,12 @@ def test_a_mount_of_a_deleted_file_is_recognised(in_room: InChild) -> None:
 
 def test_our_own_table_is_read_whole(in_room: InChild) -> None:
     def body() -> None:
-        mount("", "/tmp", "tmpfs")  # an empty source
+        mount("", "/mnt", "tmpfs")  # an empty source
         raw = Path("/proc/self/mountinfo").read_bytes()
         found = read_mountinfo()
         assert len(found) == raw.count(b"\n")
         assert [one.mount_id for one in found] == [int(row.split()[0]) for row in raw.splitlines()]
-        (top,) = [one for one in found if one.is_at("/tmp") and one.source == ""]
+        (top,) = [one for one in found if one.is_at("/mnt") and one.source == ""]
         assert top.fs_type == "tmpfs"
         assert found == read_mountinfo(os.getpid())
 

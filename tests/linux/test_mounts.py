@@ -28,7 +28,7 @@ def test_a_tmpfs_comes_with_its_options_and_goes(in_room: InChild) -> None:
     def body() -> None:
         Path("m").mkdir()
         mount("it", "m", "tmpfs", MountFlags.NOSUID | MountFlags.NODEV, ["size=64k", b"mode=0710"])
-        (found,) = [one for one in read_mountinfo() if one.is_at("/tmp/m")]
+        (found,) = [one for one in read_mountinfo() if one.is_at("/mnt/m")]
 
         assert (found.fs_type, found.source) == ("tmpfs", "it")
         assert {"rw", "nosuid", "nodev"} <= set(found.options)
@@ -36,7 +36,7 @@ def test_a_tmpfs_comes_with_its_options_and_goes(in_room: InChild) -> None:
         assert Path("m").stat().st_mode & 0o777 == 0o710
 
         umount("m")
-        assert not [one for one in read_mountinfo() if one.is_at("/tmp/m")]
+        assert not [one for one in read_mountinfo() if one.is_at("/mnt/m")]
 
     in_room(body)
 
@@ -74,11 +74,11 @@ def test_a_path_of_any_bytes_can_be_mounted_on(in_room: InChild) -> None:
         odd = b"a b\t\\\n\xff#"
         Path(os.fsdecode(odd)).mkdir()
         mount("it", odd, "tmpfs")
-        (found,) = [one for one in read_mountinfo() if one.is_at(b"/tmp/" + odd)]
-        assert os.fsencode(found.mount_point) == b"/tmp/" + odd
+        (found,) = [one for one in read_mountinfo() if one.is_at(b"/mnt/" + odd)]
+        assert os.fsencode(found.mount_point) == b"/mnt/" + odd
 
         umount(os.fsdecode(odd))
-        assert not [one for one in read_mountinfo() if one.is_at(b"/tmp/" + odd)]
+        assert not [one for one in read_mountinfo() if one.is_at(b"/mnt/" + odd)]
 
     in_room(body)
 
@@ -88,10 +88,10 @@ def test_propagation_is_changed_alone(in_room: InChild) -> None:
         Path("m").mkdir()
         mount("it", "m", "tmpfs")
         mount(None, "m", None, MountFlags.SHARED | MountFlags.REC | MountFlags.SILENT)
-        (found,) = [one for one in read_mountinfo() if one.is_at("/tmp/m")]
+        (found,) = [one for one in read_mountinfo() if one.is_at("/mnt/m")]
         assert found.shared_group
         mount(None, "m", None, MountFlags.UNBINDABLE)
-        (found,) = [one for one in read_mountinfo() if one.is_at("/tmp/m")]
+        (found,) = [one for one in read_mountinfo() if one.is_at("/mnt/m")]
         assert found.unbindable
         assert found.shared_group is None
 
@@ -147,7 +147,7 @@ def test_expiry_takes_off_what_nobody_used(in_room: InChild) -> None:
         with pytest.raises(OSError, match="Resource temporarily unavailable"):
             umount("m", UmountFlags.EXPIRE | UmountFlags.NOFOLLOW)
         umount("m", UmountFlags.EXPIRE)
-        assert not [one for one in read_mountinfo() if one.is_at("/tmp/m")]
+        assert not [one for one in read_mountinfo() if one.is_at("/mnt/m")]
 
     in_room(body)
 
@@ -236,14 +236,14 @@ def test_an_ordinary_user_may_not_mount_where_everybody_sees_it(
 
     def body() -> None:
         def mount_it() -> None:
-            mount("it", "/tmp", "tmpfs")
+            mount("it", "/mnt", "tmpfs")
 
         def umount_it() -> None:
-            umount("/tmp")
+            umount("/mnt")
 
         for call in (mount_it, umount_it):
             with pytest.raises(PermissionError) as caught:
                 call()
-            assert caught.value.filename == "/tmp"
+            assert caught.value.filename == "/mnt"
 
     in_child(body)
