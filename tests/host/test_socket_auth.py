@@ -802,6 +802,16 @@ def test_the_first_process_of_a_pid_namespace_is_a_process_like_any_other(
         assert is_same_process(one, same.fileno())
 
 
+def test_processes_that_we_cannot_see_are_never_taken_for_one(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Before Linux 6.9 all pidfds share an inode, and all such processes have pid 0 to us.
+    with pidfd_of(serve()) as one:
+        monkeypatch.setattr(peer_process, "pid_of", lambda _pidfd: 0)
+
+        assert not is_same_process(one, one)
+
+
 def test_a_difference_is_a_frozen_value_that_reads_aloud() -> None:
     difference = peer_process.Difference("pid", 1, 2)
 
