@@ -58,6 +58,11 @@ def test_a_semaphore_gives_one_at_a_time() -> None:
             counter.read()
 
 
+def test_the_highest_initial_count_is_taken_whole() -> None:
+    with EventFD(2**32 - 1) as counter:
+        assert counter.read() == 2**32 - 1
+
+
 def test_nonblocking_raises_where_the_others_wait() -> None:
     with EventFD(0, EventFDFlags.NONBLOCK) as counter:
         with pytest.raises(BlockingIOError, match="eventfd read"):
