@@ -7,10 +7,11 @@ import contextlib
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import IO
+from typing import IO, Self
 
 from pytest_vmsandbox.deadline import Deadline
 
@@ -23,11 +24,15 @@ _DRAIN_S = 0.25
 
 # How long a killed program may take to end; it is a matter of microseconds.
 _REAP_S = 1.0
+_REAP_POLL_S = 0.001
 
 # Without a pidfd (kernels before 5.3, macOS) the child is looked at this often.
 _POLL_S = 0.005
 
 _CHUNK_BYTES = 64 * 1024
+
+# For Popen, to which None means "still to be reaped"; no program ends with it.
+_TAKEN_RETURNCODE = 1 << 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +40,8 @@ class Outcome:
     """How a program ended.
 
     `returncode` is as in `subprocess` (negative for a signal), and None where the program never
-    started (`error` says why) or timed out. The streams hold their first OUTPUT_LIMIT_BYTES.
+    started or its exit status was lost (`error` says why), or where it timed out. The streams hold
+    their first OUTPUT_LIMIT_BYTES.
     `left_running` is True only where we may not kill it: it runs as another user (sudo).
     """
 
@@ -77,19 +83,25 @@ async def run_program(
     env: Mapping[str, str] | None = None,
     stdin: int | IO[bytes] = subprocess.DEVNULL,
     start_new_session: bool = True,
+    capture: bool = True,
 ) -> Outcome:
     """Run `argv` and return how it ended, within `deadline_s` and a moment to clean up.
 
     What the program does, and a program that can't be started, raise nothing: the Outcome says it.
     Afterwards, and after a cancellation too, the program has ended and is reaped, and so has all
     of its process group where it has a session of its own (the default; without one, only the
-    program itself is killed). The one exception is `Outcome.left_running`.
+    program itself is killed). The exceptions are `Outcome.left_running`, and a program whose exit
+    status somebody else took (who ignores SIGCHLD, or waits for every child): its group may be a
+    stranger's by then and is left alone. How such a program ended is not known, never success.
+    Without `capture` both its streams are /dev/null.
     Blocks the event loop for the fork and exec only.
     """
     words = tuple(os.fspath(word) for word in argv)
     deadline = Deadline.after(seconds=deadline_s)
     try:
-        child = _start(words, env=env, stdin=stdin, start_new_session=start_new_session)
+        child = _start(
+            words, env=env, stdin=stdin, start_new_session=start_new_session, capture=capture
+        )
     except (OSError, ValueError) as error:  # ValueError: a NUL in a word
         return Outcome(argv=words, error=str(error))
     with _held(child, whole_group=start_new_session) as running:
@@ -102,39 +114,57 @@ def _start(
     env: Mapping[str, str] | None,
     stdin: int | IO[bytes],
     start_new_session: bool,
+    capture: bool,
 ) -> subprocess.Popen[bytes]:
     # Not asyncio's subprocess: its watcher reaps the child when it likes, and a reaped pid may be
     # somebody else's by the time that we kill its group.
+    output = subprocess.PIPE if capture else subprocess.DEVNULL
     return subprocess.Popen(
         words,
         env=env,
         stdin=stdin,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stdout=output,
+        stderr=output,
         start_new_session=start_new_session,
     )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Running:
-    """A child that only we reap: until then its pid and its process group are nobody else's."""
+    """A child that only we should reap: until then its pid and its group are nobody else's.
+
+    Popen is never asked to wait: where the exit status was taken by somebody else it makes up 0.
+    """
 
     child: subprocess.Popen[bytes]
     pidfd: int | None
     whole_group: bool
 
+    @property
+    def returncode(self) -> int | None:
+        """How it ended; None while it is not reaped, and where somebody else did that."""
+        return None if self.was_taken else self.child.returncode
+
+    @property
+    def was_taken(self) -> bool:
+        """Whether somebody else took its exit status."""
+        return self.child.returncode == _TAKEN_RETURNCODE
+
     def has_ended(self) -> bool:
         """Whether it has ended; where there is a pidfd, it stays a zombie until `end()`."""
-        if self.child.returncode is not None:
-            return True
         if self.pidfd is None:
-            return self.child.poll() is not None
-        flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
-        return os.waitid(os.P_PIDFD, self.pidfd, flags) is not None
+            return self._reap()
+        if self.child.returncode is None:
+            try:
+                flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
+                return os.waitid(os.P_PIDFD, self.pidfd, flags) is not None
+            except ChildProcessError:
+                self.child.returncode = _TAKEN_RETURNCODE
+        return True
 
     def end(self) -> bool:
         """Kill it, with its group where that is its own, and reap it; False if we may not."""
-        if self.child.returncode is not None:
+        if self.has_ended() and self.child.returncode is not None:
             return True
         kill = os.killpg if self.whole_group else os.kill
         try:
@@ -144,11 +174,32 @@ class _Running:
                 return False
         except ProcessLookupError:
             pass
-        try:
-            self.child.wait(timeout=_REAP_S)
-        except subprocess.TimeoutExpired:
-            return False
+        deadline = Deadline.after(seconds=_REAP_S)
+        while not self._reap():
+            if deadline.passed:
+                return False
+            time.sleep(_REAP_POLL_S)
         return True
+
+    def _reap(self) -> bool:
+        """Whether it is reaped, now or before, by us or by somebody else; does not wait."""
+        if self.child.returncode is None:
+            try:
+                self.child.returncode = self._take_returncode()
+            except ChildProcessError:
+                self.child.returncode = _TAKEN_RETURNCODE
+        return self.child.returncode is not None
+
+    def _take_returncode(self) -> int | None:
+        """Reap it if it has ended; raises ChildProcessError where somebody else has."""
+        if self.pidfd is None:
+            pid, status = os.waitpid(self.child.pid, os.WNOHANG)
+            return os.waitstatus_to_exitcode(status) if pid else None
+        # By the pidfd: were it reaped by somebody else, its pid may be another child's of ours.
+        seen = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG)
+        if seen is None:
+            return None
+        return seen.si_status if seen.si_code == os.CLD_EXITED else -seen.si_status
 
 
 @contextmanager
@@ -182,13 +233,15 @@ async def _watch(running: _Running, words: tuple[str, ...], *, deadline: Deadlin
             await out.wait_closed(deadline=drain)
             await err.wait_closed(deadline=drain)
     ended = running.end()
+    lost = in_time and running.was_taken
     return Outcome(
         argv=words,
-        returncode=running.child.returncode if in_time else None,
+        returncode=running.returncode if in_time else None,
         stdout=bytes(out.kept),
         stderr=bytes(err.kept),
         timed_out=not in_time,
         left_running=not ended,
+        error="its exit status was taken by somebody else" if lost else "",
     )
 
 
@@ -223,6 +276,13 @@ class _Reading:
         self._fd = fd
         self._closed = asyncio.Event()
 
+    @classmethod
+    def of_nothing(cls) -> Self:
+        """One that is at its end."""
+        reading = cls(-1)
+        reading._closed.set()
+        return reading
+
     def read_some(self) -> None:
         """Take what is there; called when the descriptor is readable."""
         try:
@@ -242,9 +302,10 @@ class _Reading:
 
 @contextmanager
 def _reading(stream: IO[bytes] | None) -> Iterator[_Reading]:
-    """Read the stream while the block runs."""
+    """Read the stream while the block runs; none is read as an empty one."""
     if stream is None:
-        raise ValueError("the program was started without this pipe")
+        yield _Reading.of_nothing()
+        return
     fd = stream.fileno()
     os.set_blocking(fd, False)
     loop = asyncio.get_running_loop()
