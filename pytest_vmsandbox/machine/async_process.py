@@ -27,11 +27,17 @@ class AsyncReader:
 
     async def read(self, size: int = -1) -> str | bytes:
         """All up to the end, or what is there, at most `size` bytes; empty at the end."""
-        return self._decoded(await self._caller.bridge(self._stream.read(size)))
+        while True:
+            data = await self._caller.bridge(self._stream.read(size))
+            text = self._decoded(data, final=size < 0 or not data)
+            # A read may end inside a character: nothing to give yet, and not the end.
+            if text or not data:
+                return text
 
     async def readline(self) -> str | bytes:
         """One line with its newline; without one at the end, and empty behind it."""
-        return self._decoded(await self._caller.bridge(self._stream.readline()))
+        line = await self._caller.bridge(self._stream.readline())
+        return self._decoded(line, final=True)
 
     async def __aiter__(self) -> AsyncIterator[str | bytes]:
         while line := await self.readline():
@@ -41,10 +47,8 @@ class AsyncReader:
         """Read no more: a command that still prints gets SIGPIPE."""
         await self._caller.bridge(close(self._stream))
 
-    def _decoded(self, data: bytes) -> str | bytes:
-        if self._decoder is None:
-            return data
-        return self._decoder.decode(data, final=not data)
+    def _decoded(self, data: bytes, *, final: bool) -> str | bytes:
+        return data if self._decoder is None else self._decoder.decode(data, final=final)
 
 
 class AsyncWriter:

@@ -42,5 +42,6 @@ class Caller:
         try:
             yield
         except MachineFailed:
-            self.controller.failure_was_told = True
+            if self.controller.failure is not None:
+                self.controller.failure_was_told = True
             raise

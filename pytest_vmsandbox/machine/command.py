@@ -111,7 +111,7 @@ async def run_command(
                     returncode=await process.wait(), stdout=bytes(stdout), stderr=bytes(stderr)
                 )
     except TimeoutError as error:
-        if isinstance(error, TimedOut):
+        if isinstance(error, TimedOut) or not deadline.passed:
             raise
         raise deadline.timed_out(f"the end of {shown!r}", _ends(stdout, stderr)) from None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
 
@@ -25,8 +26,7 @@ class KernelTrouble(StrEnum):
 _TROUBLE = {
     KernelTrouble.PANIC: re.compile(rb"Kernel panic - not syncing"),
     KernelTrouble.OOPS: re.compile(
-        rb"Oops: |BUG: unable to handle|kernel BUG at |general protection fault,"
-        rb"|Unable to handle kernel"
+        rb"\[#\d+\] |BUG: unable to handle|kernel BUG at |BUG: KASAN: |Unable to handle kernel"
     ),
 }
 _LONGEST_SIGN = 64
@@ -90,8 +90,9 @@ class Console:
     def feed(self, data: bytes) -> None:
         """Take what the guest printed."""
         room = LOG_LIMIT - self.position
+        # A log that can't be written any more must not blind us to what comes.
         if room > 0:
-            with self.log.open("ab") as log:
+            with suppress(OSError), self.log.open("ab") as log:
                 log.write(data[:room])
         self._kept += data
         self._look_for_trouble()

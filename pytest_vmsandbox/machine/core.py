@@ -38,6 +38,7 @@ class MachineCore:
         self._running: Running | None = None
         self._last: Running | None = None
         self._remembered = Evidence()
+        self._closed = False
 
     @property
     def facts(self) -> MachineFacts:
@@ -48,8 +49,8 @@ class MachineCore:
             tier=self.build.tier,
             image=self.build.image,
             image_digest=self.build.image_digest,
-            kernel=ran.channel.hello.kernel if ran else "",
-            vmm_version=ran.qmp.version if ran else "",
+            kernel=ran.kernel if ran else "",
+            vmm_version=ran.vmm_version if ran else "",
         )
 
     @property
@@ -68,7 +69,7 @@ class MachineCore:
 
     def evidence(self) -> Evidence:
         """What there is to look at, also after its end."""
-        return self._last.evidence() if self._running and self._last else self._remembered
+        return self._last.evidence() if self._last and not self._closed else self._remembered
 
     async def qmp(self, command: str, arguments: Mapping[str, object] | None = None) -> object:
         """What QEMU returns for a QMP command (qemu-qmp-ref(7)): the way around our verbs.
@@ -112,14 +113,18 @@ class MachineCore:
         try:
             async with asyncio.timeout(deadline.timeout_s):
                 yield
-        except TimeoutError as error:
-            late = error if isinstance(error, TimedOut) else deadline.timed_out(awaited)
-            raise await self._explained(late) from None
+        except TimedOut as error:
+            raise await self._explained(error) from None
+        except TimeoutError:
+            if not deadline.passed:
+                raise  # the guest's own ETIMEDOUT
+            raise await self._explained(deadline.timed_out(awaited)) from None
 
     async def _explained(self, error: TimedOut) -> TimedOut:
         """The same error, which also says who still answers, and what the console shows."""
-        running = self._on()
-        signs = [error.last_seen, await running.vital_signs()]
+        signs = [error.last_seen]
+        if self._running is not None:
+            signs.append(await self._running.vital_signs())
         if tail := self.console.tail(20):
             signs.append(f"console:\n{tail}")
         return TimedOut(

@@ -30,7 +30,9 @@ class Engine:
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
-        self._starting = threading.Lock()
+        # Re-entrant: a file of a guest may be finalised, and ask for us, at any moment.
+        self._starting = threading.RLock()
+        self._closed = False
 
     @property
     def running(self) -> bool:
@@ -54,10 +56,16 @@ class Engine:
 
     async def bridge(self, work: Coroutine[Any, Any, T]) -> T:
         """Run `work` on the engine, awaited from any other loop; cancellation is passed on."""
-        return await asyncio.wrap_future(self._submit(work))
+        future = self._submit(work)
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            await asyncio.wrap_future(self._submit(_settle()))
+            raise
 
     def close(self) -> None:
         """Cancel what still runs, stop the loop and join the thread; safe to repeat."""
+        self._closed = True
         if self._loop is None or self._thread is None:
             return
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -65,10 +73,11 @@ class Engine:
         self._loop = self._thread = None
 
     def _submit(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
-        loop = self._start()
-        if threading.current_thread() is self._thread:
+        if self._closed or threading.current_thread() is self._thread:
             work.close()
-            raise RuntimeError("the engine can't wait for itself")
+            why = "has been closed" if self._closed else "can't wait for itself"
+            raise RuntimeError(f"the engine {why}")
+        loop = self._start()
         return asyncio.run_coroutine_threadsafe(work, loop)
 
     def _cancel(self, future: concurrent.futures.Future[T]) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import shutil
 from contextlib import AsyncExitStack
+from typing import Any
 
+from pytest_vmsandbox.deadline import Deadline
 from pytest_vmsandbox.errors import BootFailed, RequestInvalid
+from pytest_vmsandbox.guest.channel import SILENCE_S
 from pytest_vmsandbox.machine.build import Build
 from pytest_vmsandbox.machine.core import MachineCore
-from pytest_vmsandbox.machine.running import BootStalled, PowerOn, open_running
+from pytest_vmsandbox.machine.running import BootStalled, PowerOn, Running, open_running
 
 # What a wait may take unless its caller says otherwise, in seconds, before scaling.
 BOOT_S = 60.0
@@ -27,6 +31,7 @@ class Power(MachineCore):
     def __init__(self, build: Build) -> None:
         super().__init__(build)
         self._power = AsyncExitStack()
+        self._boot: asyncio.Task[Any] | None = None
 
     async def power_on(self, *, timeout: float | None = None) -> None:
         """Start it with its disks as they are; returns once its agent answers.
@@ -34,22 +39,24 @@ class Power(MachineCore):
         Raises BootFailed when it does not answer within `timeout` seconds (60), and
         RequestInvalid when it is on. A boot that stalls is tried once more.
         """
-        if self._running is not None:
+        if self._closed:
+            raise RequestInvalid(f"{self.name} has ended for good", "ask the factory for another")
+        if self._running is not None or self._boot is not None:
             raise RequestInvalid(f"{self.name} is powered on already")
-        for attempt in range(1, BOOT_ATTEMPTS + 1):
-            self.timings.boot_attempts = attempt
-            try:
-                await self._power_on(boot_s=self.seconds(timeout, BOOT_S))
-            except BootFailed as failed:
-                self._remembered = failed.evidence
-                if attempt == BOOT_ATTEMPTS or not isinstance(failed, BootStalled):
-                    raise
-            else:
-                return
+        self._boot = asyncio.current_task()
+        try:
+            await self._boot_patiently(Deadline.after(seconds=self.seconds(timeout, BOOT_S)))
+        finally:
+            self._boot = None
 
     async def power_cut(self) -> None:
-        """Switch it off at once, as if the mains had failed; disks keep what was written."""
-        self._remembered = self.evidence()
+        """Switch it off at once, as if the mains had failed; disks keep what was written.
+
+        A boot that is under way is given up.
+        """
+        if self._boot is not None and self._boot is not asyncio.current_task():
+            self._boot.cancel()
+            await asyncio.wait({self._boot})
         self._running = None
         await self._power.aclose()
 
@@ -61,7 +68,8 @@ class Power(MachineCore):
         running, deadline = self._on(), self._deadline(timeout, POWER_S)
         await running.wait_answering(deadline=deadline)
         async with running.expecting_its_end():
-            await running.channel.poweroff()
+            async with self._in_time(deadline, "the agent's consent to power off"):
+                await running.channel.poweroff()
             await running.wait_ended(deadline=deadline)
         await self.power_cut()
 
@@ -73,7 +81,8 @@ class Power(MachineCore):
         running, deadline = self._on(), self._deadline(timeout, POWER_S)
         await running.wait_answering(deadline=deadline)
         running.expect_reset()
-        await running.channel.reboot()
+        async with self._in_time(deadline, "the agent's consent to reboot"):
+            await running.channel.reboot()
         await running.wait_rebooted(deadline=deadline)
 
     async def pause(self) -> None:
@@ -90,20 +99,43 @@ class Power(MachineCore):
         """End it for good: neither process nor file of it is left. Safe to repeat."""
         with self.timings.measuring("teardown_s"):
             await self.power_cut()
+            self._remembered = self.evidence()
+            self._closed = True
             shutil.rmtree(self.build.config.directory, ignore_errors=True)
 
+    async def _boot_patiently(self, deadline: Deadline) -> None:
+        """Boot it, and once more if the first boot hangs."""
+        for attempt in range(1, BOOT_ATTEMPTS + 1):
+            self.timings.boot_attempts = attempt
+            try:
+                await self._power_on(boot_s=deadline.left_s)
+            except BootFailed as failed:
+                if attempt == BOOT_ATTEMPTS or not isinstance(failed, BootStalled):
+                    self.failure_was_told = True
+                    raise
+            else:
+                return
+
     async def _power_on(self, *, boot_s: float) -> None:
+        scale = self.build.time_scale
         order = PowerOn(
             config=self.build.config,
             nonce=secrets.token_hex(16),
             log=self.build.config.directory / "vmm.log",
             boot_s=boot_s,
-            stall_s=STALL_S * self.build.time_scale,
+            stall_s=STALL_S * scale,
+            silence_s=SILENCE_S * scale,
         )
-        self._last = None
+        self.failure_was_told = False
         self._running = await self._power.enter_async_context(
             open_running(
-                order, launcher=self.build.launcher, console=self.console, timings=self.timings
+                order,
+                launcher=self.build.launcher,
+                console=self.console,
+                timings=self.timings,
+                on_started=self._look_at,
             )
         )
-        self._last = self._running
+
+    def _look_at(self, running: Running) -> None:
+        self._last = running

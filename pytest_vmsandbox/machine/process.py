@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import signal
+from contextlib import suppress
 from typing import IO, TYPE_CHECKING, Any
 
 from pytest_vmsandbox.deadline import Deadline
@@ -91,8 +92,10 @@ class _Source(io.RawIOBase):
         return len(data)
 
     def close(self) -> None:
+        # Also called when it is collected, on any thread and after the engine's end.
         if not self.closed:
-            self._caller.run(close(self._stream))
+            with suppress(RuntimeError):
+                self._caller.run(close(self._stream))
         super().close()
 
 
@@ -113,7 +116,8 @@ class _Sink(io.RawIOBase):
 
     def close(self) -> None:
         if not self.closed:
-            self._caller.run(self._stream.close())
+            with suppress(RuntimeError):
+                self._caller.run(self._stream.close())
         super().close()
 
 

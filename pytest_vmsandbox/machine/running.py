@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import shlex
 import socket
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from pytest_vmsandbox.errors import (
     GuestPanicked,
     MachineFailed,
     OutcomeUnknown,
+    SocketAuthError,
     TimedOut,
     VmmDied,
     VmSandboxError,
@@ -55,7 +56,8 @@ class BootStalled(BootFailed):
 class PowerOn:
     """How a machine is to be started.
 
-    A boot of it may take `boot_s` seconds, and `stall_s` without a word on the console.
+    A boot of it may take `boot_s` seconds, and `stall_s` without a word on the console; a guest
+    that is waited for may be silent for `silence_s`.
     """
 
     config: QemuConfig
@@ -63,6 +65,7 @@ class PowerOn:
     log: Path
     boot_s: float
     stall_s: float
+    silence_s: float
 
     @property
     def command(self) -> list[str]:
@@ -81,8 +84,11 @@ class Running:
         self.order = order
         self.process = process
         self.failure: MachineFailed | None = None
+        # What whoever waits is told: the failure, or that the machine was ended.
+        self._over: MachineFailed | None = None
         self.troubles: list[KernelTrouble] = []
         self.guest_shut_down = False
+        self._shutdown_told = asyncio.Event()
         self._qmp: QmpSession | None = None
         self._channel: Channel | None = None
         self._lines = AsyncExitStack()
@@ -90,8 +96,8 @@ class Running:
         self._status = "starting"
         self._tasks: set[asyncio.Task[None]] = set()
         self._greeting: asyncio.Task[None] | None = None
-        # Once its end is asked for, nothing that happens to it is a failure.
-        self._ending = False
+        self._ending = False  # we kill it: nothing that happens to it now is a failure
+        self._may_shut_down = False  # the guest was asked to power itself off
         self._failed = asyncio.Event()
         self._reset = asyncio.Event()
         self._answering = asyncio.Event()
@@ -112,6 +118,16 @@ class Running:
             raise self.failed(BootFailed, "the agent has not answered yet")
         return self._channel
 
+    @property
+    def kernel(self) -> str:
+        """The guest's kernel release; empty until its agent has answered."""
+        return self._channel.hello.kernel if self._channel else ""
+
+    @property
+    def vmm_version(self) -> str:
+        """QEMU's version; empty until it has greeted."""
+        return self._qmp.version if self._qmp else ""
+
     # What others wait for
 
     async def unless_it_fails(self, coroutine: Coroutine[Any, Any, T]) -> T:
@@ -121,8 +137,8 @@ class Running:
         both: list[asyncio.Task[Any]] = [work, failed]
         try:
             await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-            if self.failure is not None and not work.done():
-                raise self.failure
+            if self._over is not None and not work.done():
+                raise self._over
             return await work
         finally:
             for task in both:
@@ -144,6 +160,8 @@ class Running:
     async def wait_ended(self, *, deadline: Deadline) -> None:
         """Return once the VMM has ended."""
         await self._within(self.ended, deadline, "the VMM's end")
+        if self.failure is not None:
+            raise self.failure
 
     def expect_reset(self) -> None:
         """The guest is about to be told to reboot: wait for the reset that comes now."""
@@ -151,13 +169,12 @@ class Running:
 
     @asynccontextmanager
     async def expecting_its_end(self) -> AsyncIterator[None]:
-        """In this block the guest may power itself off without that being a failure."""
-        self._ending = True
+        """In this block the guest may power itself off; that alone is no failure."""
+        self._may_shut_down = True
         try:
             yield
-        except BaseException:
-            self._ending = False
-            raise
+        finally:
+            self._may_shut_down = False
 
     async def vital_signs(self) -> str:
         """One line on who still answers: the VMM, the guest's agent."""
@@ -173,7 +190,7 @@ class Running:
     def fail(self, error: MachineFailed) -> None:
         """Record what it died of and tell everyone who waits for it; only the first counts."""
         if self.failure is None and not self._ending:
-            self.failure = error
+            self.failure = self._over = error
             self._console.fail(error)
             self._failed.set()
             if self._channel is not None:
@@ -199,6 +216,7 @@ class Running:
                 self._greeting = self._spawn(self._greet_again())
             case "SHUTDOWN":
                 self.guest_shut_down = bool(event.data.get("guest"))
+                self._shutdown_told.set()
             case "VSERPORT_CHANGE" if event.data.get("open") is False:
                 self._spawn(self._port_closed())
             case "STOP":
@@ -229,11 +247,19 @@ class Running:
         stall = self._spawn(self._watch_stall())
         order = self.order
         self._channel = await self.unless_it_fails(
-            open_channel(sock, name=order.config.name, nonce=order.nonce, deadline=deadline)
+            open_channel(
+                sock,
+                name=order.config.name,
+                nonce=order.nonce,
+                deadline=deadline,
+                silence_s=order.silence_s,
+            )
         )
         self._channel.on_lost = self._channel_lost
         stall.cancel()
-        await self.unless_it_fails(self._channel.set_hostname(order.config.name))
+        await self._by(
+            deadline, "the agent's first answer", self._channel.set_hostname(order.config.name)
+        )
         self._answering.set()
 
     async def connect(self, *, deadline: Deadline) -> None:
@@ -256,14 +282,16 @@ class Running:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._console.fail(self.failure or ended_by_us)
+        self._over = self.failure or ended_by_us
+        self._failed.set()
+        self._console.fail(self._over)
         if self._channel is not None:
-            self._channel.fail(self.failure or ended_by_us)
+            self._channel.fail(self._over)
             await self._channel.close()
         await self._lines.aclose()
 
     async def _connect(self, purpose: str, *, deadline: Deadline) -> socket.socket:
-        return await self.unless_it_fails(
+        sock = await self.unless_it_fails(
             connect_machine_socket(
                 self.order.config.socket(purpose),
                 uid=self.process.uid,
@@ -272,27 +300,42 @@ class Running:
                 deadline=deadline,
             )
         )
+        self._lines.callback(sock.close)  # whoever takes it over closes it earlier
+        return sock
 
     # What is watched
 
     async def _watch_process(self) -> None:
         returncode = await self.process.wait()
-        self.ended.set()
         self._status = f"ended with {returncode}"
-        if self.guest_shut_down:
-            self.fail(self.failed(ChannelLost, "the guest shut itself down"))
-        else:
+        if returncode == 0:
+            await self._learn_of_shutdown()
+        if not self.guest_shut_down:
             self.fail(self.failed(VmmDied, f"the VMM ended by itself, with {returncode}"))
+        elif not self._may_shut_down:
+            self.fail(self.failed(ChannelLost, "the guest shut itself down"))
+        self.ended.set()
+
+    async def _learn_of_shutdown(self) -> None:
+        """QEMU tells of a shutdown and then ends: its last word may still be on its way."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(SIGN_OF_LIFE_S):
+                await self._shutdown_told.wait()
 
     def _channel_lost(self, error: ChannelLost) -> None:
         self._spawn(self._explain_loss(error))
 
     async def _explain_loss(self, error: ChannelLost) -> None:
         """A line that breaks is mostly a sign of something else: wait for its reason."""
+        await self.settle()
+        if not self._may_shut_down:
+            self.fail(self.failed(ChannelLost, error.cause))
+
+    async def settle(self) -> None:
+        """Return once it is known what it died of, or REASON_S has passed."""
         with suppress(TimeoutError):
             async with asyncio.timeout(REASON_S):
                 await self._failed.wait()
-        self.fail(self.failed(ChannelLost, error.cause))
 
     async def _watch_stall(self) -> None:
         seen = -1
@@ -322,7 +365,7 @@ class Running:
 
     async def _port_closed(self) -> None:
         await asyncio.sleep(REASON_S)
-        if self._answering.is_set() and not self.ended.is_set():
+        if self._answering.is_set() and not self.ended.is_set() and not self._may_shut_down:
             with suppress(VmSandboxError):
                 await self.channel.ping(deadline=Deadline.after(seconds=REASON_S))
                 return
@@ -339,9 +382,12 @@ class Running:
                     self.fail(self.failed(VmmDied, f"the VMM stopped the guest: {status}"))
 
     async def _within(self, event: asyncio.Event, deadline: Deadline, awaited: str) -> None:
+        await self._by(deadline, awaited, event.wait())
+
+    async def _by(self, deadline: Deadline, awaited: str, work: Coroutine[Any, Any, T]) -> T:
         try:
             async with asyncio.timeout(deadline.timeout_s):
-                await self.unless_it_fails(event.wait())
+                return await self.unless_it_fails(work)
         except TimeoutError as error:
             if isinstance(error, TimedOut):
                 raise
@@ -356,10 +402,16 @@ class Running:
 
 @asynccontextmanager
 async def open_running(
-    order: PowerOn, *, launcher: Launcher, console: Console, timings: Timings
+    order: PowerOn,
+    *,
+    launcher: Launcher,
+    console: Console,
+    timings: Timings,
+    on_started: Callable[[Running], None],
 ) -> AsyncIterator[Running]:
     """Start the VMM, prove that its sockets are its own, boot the guest; kill it on the way out.
 
+    `on_started` is told as soon as there is something to look at, however the boot goes on.
     Raises BootFailed, with what there was to see, when the guest does not come to answer.
     Whatever is raised, no process and no connection is left.
     """
@@ -375,6 +427,7 @@ async def open_running(
                 )
             )
             running = Running(order, console, process)
+            on_started(running)
             stack.push_async_callback(running.close)
             await _booting(running.connect(deadline=deadline), running)
         with timings.measuring("boot_s"):
@@ -390,8 +443,12 @@ async def _booting(step: Coroutine[Any, Any, None], running: Running) -> None:
         raise
     except MachineFailed as error:
         raise running.failed(BootFailed, f"it did not boot: {error.cause}") from error
-    except (TimedOut, OutcomeUnknown) as error:
-        raise running.failed(BootFailed, f"it did not boot: {error}") from error
+    except (TimedOut, OutcomeUnknown, SocketAuthError) as error:
+        # A line that breaks is mostly a sign that the VMM has ended: that says more.
+        if not isinstance(error, TimedOut):
+            await running.settle()
+        cause = running.failure.cause if running.failure else str(error)
+        raise running.failed(BootFailed, f"it did not boot: {cause}") from error
 
 
 async def _sign(question: Coroutine[Any, Any, object]) -> str:
@@ -405,6 +462,8 @@ async def _sign(question: Coroutine[Any, Any, object]) -> str:
 def log_tail(path: Path) -> str:
     """The end of a log; empty where there is none."""
     try:
-        return path.read_bytes()[-LOG_TAIL_BYTES:].decode(errors="backslashreplace")
+        with path.open("rb") as log:
+            log.seek(max(0, path.stat().st_size - LOG_TAIL_BYTES))
+            return log.read().decode(errors="backslashreplace")
     except OSError:
         return ""

@@ -114,8 +114,10 @@ class Worker:
 
     def close(self) -> None:
         """Give everything back: the run directory goes, the engine stops."""
-        self._acquired.close()
-        self.engine.close()
+        try:
+            self.engine.close()  # which kills what still runs
+        finally:
+            self._acquired.close()
 
     async def _boot(self, machine: MachineController) -> None:
         async with self._booting:

@@ -22,8 +22,8 @@ class BareProcess:
         self._child = child
         self.pid = child.pid
         self.uid = os.getuid()
-        self.pidfd = _open_pidfd(child.pid)
         self.identity = ProcessIdentity.of(child.pid)
+        self.pidfd = _open_pidfd(child.pid)
 
     async def wait(self) -> int:
         """Its exit status once it has ended; negative for a signal."""
@@ -72,7 +72,13 @@ class BareLauncher:
                 f"{program} is not an executable file",
                 "vmsandbox setup",
             )
-        process = BareProcess(_spawn([*_dying_with_us(), *request.argv], log=request.log))
+        child = _spawn([*_dying_with_us(), *request.argv], log=request.log)
+        try:
+            process = BareProcess(child)
+        except BaseException:
+            child.kill()
+            child.wait()
+            raise
         try:
             yield process
         finally:

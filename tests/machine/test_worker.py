@@ -3,31 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 
 import pytest
-from platformdirs import user_cache_path
 
 from pytest_vmsandbox import AsyncMachineFactory, HostUnfit, MachineFactory, RequestInvalid
 from pytest_vmsandbox.machine.spec import MachineSpec
-from pytest_vmsandbox.machine.worker import Worker, WorkerSettings
-
-
-@pytest.fixture
-def worker() -> Iterator[Worker]:
-    cache = os.environ.get("VMSANDBOX_CACHE_DIR")
-    with tempfile.TemporaryDirectory(prefix="vmsb-") as short:
-        settings = WorkerSettings(
-            cache_dir=Path(cache) if cache else user_cache_path("vmsandbox"),
-            run_dir=Path(short) / "run",
-        )
-        with closing(Worker(settings)) as worker:
-            yield worker
-        assert list((Path(short) / "run").glob("*")) == []
+from pytest_vmsandbox.machine.worker import Worker
 
 
 def test_nothing_is_acquired_before_it_is_needed(worker: Worker) -> None:
