@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -137,8 +136,8 @@ async def watch_kernel(qemu_argv: Sequence[str], *, deadline_s: float) -> Fact:
             return await _wait_verdict(boot, console, complaints, deadline_s=deadline_s)
         finally:
             boot.cancel()  # which kills and reaps QEMU
-            with suppress(asyncio.CancelledError):
-                await boot
+            # Not `await boot`: that ends alike where `boot` was cancelled and where we are.
+            await asyncio.wait({boot})
 
 
 async def _wait_verdict(

@@ -130,12 +130,15 @@ def fact_of(
     remedy: str = "",
     tier: Tier | None = None,
 ) -> Fact:
-    """The fact with the code and the presence that go with the verdict."""
+    """The fact with the code and the presence that go with the verdict.
+
+    Whatever a program printed or a path holds, the evidence can be written as UTF-8.
+    """
     present = verdict in _GOOD
     return Fact(
         capability=capability,
         present=present,
-        evidence=evidence,
+        evidence=evidence.encode(errors="backslashreplace").decode(),
         remedy="" if present else remedy,
         code=code_of(capability, verdict),
         tier=tier,

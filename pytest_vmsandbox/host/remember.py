@@ -10,10 +10,12 @@ import asyncio
 import hashlib
 import json
 import os
+import sys
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -23,7 +25,9 @@ from pytest_vmsandbox.host.facts import Fact, HostFacts, Verdict
 from pytest_vmsandbox.host.setup_record import RECORD
 
 # Grows with every change of a probe, so that nothing an older one said is believed.
-PROBES_VERSION = 1
+PROBES_VERSION = 2
+
+_DISTRIBUTION = "pytest-vmsandbox"
 
 # How often a worker that waits for another's survey looks.
 _LOOK_EVERY_S = 0.02
@@ -41,7 +45,9 @@ class Key:
     search_path: str
     run_device: int  # the file system of the run directory; its name changes with each run
     qemu: tuple[str, int, int]  # path, mtime in ns, size
+    python: tuple[str, int, int]  # the same of the interpreter, which other users must reach
     setup: tuple[str, int, int]  # the same of the record of `vmsandbox setup`
+    our_version: str
     probes_version: int = PROBES_VERSION
 
     @property
@@ -60,7 +66,9 @@ def key_of(*, qemu: Path | None, search_path: str, run_dir: Path) -> Key:
         search_path=search_path,
         run_device=run_dir.stat().st_dev,
         qemu=_identity(qemu),
+        python=_identity(Path(sys.executable)),
         setup=_identity(RECORD),
+        our_version=_our_version(),
     )
 
 
@@ -76,7 +84,7 @@ def recall(cache_dir: Path, key: Key) -> HostFacts | None:
     """The facts under this key, or None."""
     try:
         return HostFacts.from_json(json.loads((cache_dir / key.file_name).read_bytes()))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 
@@ -114,6 +122,13 @@ async def surveying_alone(cache_dir: Path, key: Key, *, deadline: Deadline) -> A
 def is_final(kvm: Fact) -> bool:
     """Whether KVM needs no kernel to be tried on it any more."""
     return kvm.verdict is not Verdict.UNCONFIRMED
+
+
+def _our_version() -> str:
+    try:
+        return version(_DISTRIBUTION)
+    except PackageNotFoundError:  # a checkout that was never installed
+        return "unknown"
 
 
 def _identity(file: Path | None) -> tuple[str, int, int]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from pytest_vmsandbox.host import acceleration
 from pytest_vmsandbox.host.acceleration import (
     SmallGuestRun,
     choose_accel,
@@ -213,6 +216,26 @@ async def test_a_qemu_that_ends_is_seen_at_once_with_its_words() -> None:
 
     assert "no-such-machine" in fact.evidence or "unsupported machine type" in fact.evidence
     assert fact.code == "VMS-KVM-UNUSABLE"
+
+
+async def test_a_caller_cancelled_while_qemu_is_ended_is_cancelled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def boots_and_is_cancelled_with_its_caller(
+        argv: Sequence[str], *, deadline_s: float
+    ) -> Outcome:
+        Path(argv[-1].removeprefix("file:")).write_text("Run /init as init process")
+        try:
+            await asyncio.sleep(deadline_s)
+        finally:
+            caller.cancel()
+        raise AssertionError("it was not cancelled")
+
+    monkeypatch.setattr(acceleration, "run_program", boots_and_is_cancelled_with_its_caller)
+    caller = asyncio.create_task(watch_kernel(["qemu"], deadline_s=30))
+
+    with pytest.raises(asyncio.CancelledError):
+        await caller
 
 
 @takes_kvm

@@ -19,6 +19,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import socket
@@ -26,7 +27,8 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -55,6 +57,7 @@ SYS_PIVOT_ROOT = {"x86_64": 155, "s390x": 217}.get(platform.machine(), 41)
 
 INTERFACE = "vms-probe"
 TUN_DEVICE = "/dev/net/tun"
+GROUP_PREFIX = "vmsandbox-probe-"
 RULES = """\
 add table ip vms_probe
 add chain ip vms_probe out { type nat hook postrouting priority 100; }
@@ -69,6 +72,10 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 class Unusable(Exception):
     """It was done and did not have its effect."""
+
+
+class TooLate(Exception):
+    """The time given is over."""
 
 
 class Missing(Exception):
@@ -140,12 +147,14 @@ def in_smallest_jail() -> str:
     if shown != {"/usr", "/old"}:
         raise Unusable(f"the jail shows other things than its own: {sorted(shown)}")
     try:
-        Path("/usr/vmsandbox-probe").touch()
+        # Refused before the name is looked up, where the mount is read-only; where it is not,
+        # this leaves no trace in the host's /usr.
+        Path("/usr/vmsandbox-probe-of-nothing").rmdir()
+    except FileNotFoundError as error:
+        raise Unusable("/usr was bound read-only and could be written") from error
     except OSError as error:
         if error.errno != errno.EROFS:
             raise
-    else:
-        raise Unusable("/usr was bound read-only and could be written")
     if os.getpid() != 1:
         raise Unusable(f"pid {os.getpid()} in a new pid namespace, not 1")
     return "bound /usr read-only, pivoted, and saw nothing else, as pid 1"
@@ -204,7 +213,14 @@ def try_nat() -> str:
 
 def run(argv: list[str], *, text: str = "") -> str:
     """The program's output; Unusable with its complaint when it fails."""
-    done = subprocess.run(argv, input=text, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        argv,
+        input=text,
+        capture_output=True,
+        encoding="utf-8",
+        errors="backslashreplace",
+        check=False,
+    )
     if done.returncode:
         raise Unusable(f"{argv[0]}: exit status {done.returncode}: {done.stderr.strip()[:200]}")
     return done.stdout
@@ -214,21 +230,44 @@ def try_cgroups() -> str:
     """Make a control group, limit it, put a process in it, remove it; the first that works."""
     refusals = []
     for parent, limits in possible_cgroups():
-        group = parent / f"vmsandbox-probe-{os.getpid()}"
         try:
-            group.mkdir()
+            sweep_cgroups(parent)
+            with control_group(parent) as group:
+                return f"{limit_cgroup(group, limits)} limited in {group}"
         except OSError as error:
             refusals.append(error)
-            continue
-        try:
-            return f"{limit_cgroup(group, limits)} limited in {group}"
-        except OSError as error:
-            refusals.append(error)
-        finally:
-            remove_cgroup(group)
     if not refusals:
         raise Missing("no cgroup hierarchy is mounted that limits memory or processes")
     raise refusals[0]
+
+
+@contextmanager
+def control_group(parent: Path) -> Iterator[Path]:
+    """A new control group of ours, removed afterwards, whenever the alarm comes."""
+    group = parent / f"{GROUP_PREFIX}{os.getpid()}"
+    # The alarm comes once. It is let in only where what it raises passes by the removal.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
+    try:
+        group.mkdir()
+        try:
+            try:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
+                yield group
+            finally:
+                signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
+        finally:
+            remove_cgroup(group)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
+
+
+def sweep_cgroups(parent: Path) -> None:
+    """Remove what probes left that were killed; a group with processes in it resists."""
+    for group in parent.glob(f"{GROUP_PREFIX}*"):
+        pid = group.name.removeprefix(GROUP_PREFIX)
+        if pid.isdecimal() and not Path("/proc", pid).exists():
+            with suppress(OSError):
+                group.rmdir()
 
 
 # The files that limit a group, by controller, in the two forms (cgroups(7)).
@@ -242,23 +281,31 @@ def possible_cgroups() -> list[tuple[Path, dict[str, str]]]:
     ours = own_cgroups()
     v2: list[tuple[Path, dict[str, str]]] = []
     v1: list[tuple[Path, dict[str, str]]] = []
-    for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines():
-        left, _, right = line.partition(" - ")
-        kind, _, options = right.split()
-        mounted = Path(left.split()[4].encode().decode("unicode_escape"))
-        if kind == "cgroup2":
+    # Bytes, and one space at a time: a mount point is any bytes, and a source may be empty.
+    for line in Path("/proc/self/mountinfo").read_bytes().split(b"\n")[:-1]:
+        left, _, right = line.partition(b" - ")
+        kind, _, options = right.split(b" ", 2)
+        mounted = mount_point(left.split(b" ")[4])
+        if kind == b"cgroup2":
             v2 += [(place, LIMITS_V2) for place in own_then_top(mounted, ours.get("", ""))]
-        elif kind == "cgroup":
-            limits = {name: LIMITS_V1[name] for name in options.split(",") if name in LIMITS_V1}
+        elif kind == b"cgroup":
+            controllers = os.fsdecode(options).split(",")
+            limits = {name: LIMITS_V1[name] for name in controllers if name in LIMITS_V1}
             for name in list(limits)[:1]:
                 v1 += [(place, limits) for place in own_then_top(mounted, ours.get(name, ""))]
     return v2 + v1
 
 
+def mount_point(field: bytes) -> Path:
+    """The path in a field of mountinfo: what would end it is in octal there (proc(5))."""
+    plain = re.sub(rb"\\([0-7]{3})", lambda found: bytes([int(found[1], 8) & 0xFF]), field)
+    return Path(os.fsdecode(plain))
+
+
 def own_cgroups() -> dict[str, str]:
     """The group that we are in, by controller; under "" the one of cgroup v2 (cgroups(7))."""
-    lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
-    entries = [line.split(":", 2) for line in lines]
+    lines = Path("/proc/self/cgroup").read_bytes().split(b"\n")[:-1]
+    entries = [os.fsdecode(line).split(":", 2) for line in lines]
     return {name: path.lstrip("/") for _, names, path in entries for name in names.split(",")}
 
 
@@ -317,7 +364,9 @@ def report(attempt: Callable[[], str]) -> NoReturn:
         verdict, evidence = "ok", attempt()
     except Missing as error:
         verdict, evidence = "missing", str(error)
-    except (Unusable, subprocess.SubprocessError) as error:
+    except TooLate as error:
+        verdict, evidence = "timeout", str(error)
+    except (Unusable, subprocess.SubprocessError, ValueError) as error:
         verdict, evidence = "unusable", str(error)
     except OSError as error:
         verdict, evidence = of_oserror(error), str(error)
@@ -332,9 +381,15 @@ def of_oserror(error: OSError) -> str:
     return "missing" if error.errno == errno.ENOENT else "unusable"
 
 
+def give_up(_number: int, _frame: object) -> NoReturn:
+    """Raise what passes by everything that cleans up."""
+    raise TooLate("no end within the time given")
+
+
 def main(what: str, seconds: str, search_path: str, *through: str) -> NoReturn:
     """Try one thing, in its own time, in namespaces of its own."""
-    signal.setitimer(signal.ITIMER_REAL, float(seconds))  # SIGALRM ends us
+    signal.signal(signal.SIGALRM, give_up)
+    signal.setitimer(signal.ITIMER_REAL, float(seconds))
     os.environ["PATH"] = search_path
     namespaces, attempt = TRIES[what]
 

@@ -60,8 +60,11 @@ def _build_of(program: Path, outcome: Outcome, *, sandbox: bool) -> QemuBuild | 
 
 def parse_build(printed: bytes, *, program: Path, sandbox: bool) -> QemuBuild:
     """Read the QMP answers; ValueError when they are not a QEMU's."""
-    messages = [json.loads(line) for line in printed.splitlines() if line.strip()]
-    answers = [message for message in messages if "event" not in message]
+    try:
+        messages = [json.loads(line) for line in printed.splitlines() if line.strip()]
+    except RecursionError:  # a line of brackets
+        raise ValueError("not the answers of a QEMU") from None
+    answers = [message for message in messages if not _is_event(message)]
     match answers:
         case [
             {
@@ -86,6 +89,10 @@ def parse_build(printed: bytes, *, program: Path, sandbox: bool) -> QemuBuild:
                 sandbox=sandbox,
             )
     raise ValueError("not the answers of a QEMU")
+
+
+def _is_event(message: object) -> bool:
+    return isinstance(message, dict) and "event" in message
 
 
 def _names(entries: list[object]) -> tuple[str, ...]:

@@ -51,6 +51,6 @@ def parse_report(printed: bytes) -> tuple[Verdict, str]:
         match json.loads(printed):
             case {"verdict": str(verdict), "evidence": str(evidence)}:
                 return Verdict(verdict), evidence
-    except ValueError:
+    except (ValueError, RecursionError):  # the second: thousands of brackets
         pass
     return Verdict.UNUSABLE, f"the probe printed {printed[:200]!r}"

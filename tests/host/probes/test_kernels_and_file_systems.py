@@ -6,11 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from pytest_vmsandbox.host.facts import Capability, Tier, Verdict
+from pytest_vmsandbox.host.probes import inside
 from pytest_vmsandbox.host.probes.image_builder import probe_image_builder
 from pytest_vmsandbox.host.probes.qemu import parse_build, probe_qemu
 from pytest_vmsandbox.host.probes.setfacl import probe_setfacl
@@ -119,6 +121,150 @@ async def test_no_control_group_stays_behind(trial: Trial) -> None:
     await probe_within(trial, Capability.CGROUPS, tier=Tier.ROOT, remedy="none")
 
     assert not list(Path("/sys/fs/cgroup").rglob("vmsandbox-probe-*"))
+
+
+INSIDE = Path(inside.__file__).read_text(encoding="utf-8")
+
+
+def run_inside(what: str, *, seconds: float = 20, text: str = INSIDE) -> tuple[str, str]:
+    """What the inside's program reports, as itself or changed."""
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-", what, str(seconds), os.defpath],
+        input=text,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.stderr == ""
+    report = json.loads(done.stdout)
+    return report["verdict"], report["evidence"]
+
+
+def inside_with(definition: str) -> str:
+    """The inside with one of its functions replaced."""
+    call = 'if __name__ == "__main__":'
+    assert call in INSIDE
+    return INSIDE.replace(call, f"{definition}\n\n\n{call}")
+
+
+@pytest.fixture
+def cgroup_parent() -> Path:
+    """Where the probe makes its group."""
+    if os.getuid() != 0:
+        pytest.skip("takes root")
+    verdict, evidence = run_inside("cgroups")
+    if verdict != "ok":
+        pytest.skip(f"takes control groups: {evidence}")
+    return Path(evidence.split(" limited in ")[1]).parent
+
+
+SLOW_TO_LIMIT = "def limit_cgroup(group, limits):\n    time.sleep(60)"
+LATE_TO_REMOVE = """\
+remove_at_once = remove_cgroup
+
+
+def remove_cgroup(group):
+    signal.raise_signal(signal.SIGALRM)
+    remove_at_once(group)"""
+
+
+@pytest.mark.parametrize("definition", [SLOW_TO_LIMIT, LATE_TO_REMOVE])
+def test_an_alarm_leaves_no_control_group(cgroup_parent: Path, definition: str) -> None:
+    seconds = 0.5 if definition is SLOW_TO_LIMIT else 20
+
+    verdict, evidence = run_inside("cgroups", seconds=seconds, text=inside_with(definition))
+
+    assert (verdict, evidence) == ("timeout", "no end within the time given")
+    assert not list(cgroup_parent.glob("vmsandbox-probe-*"))
+
+
+@pytest.fixture
+def group_of_the_living(cgroup_parent: Path) -> Iterator[Path]:
+    group = cgroup_parent / f"vmsandbox-probe-{os.getpid()}"
+    group.mkdir()
+    yield group
+    group.rmdir()
+
+
+def test_what_a_killed_probe_left_is_swept_and_nothing_else(
+    cgroup_parent: Path, group_of_the_living: Path
+) -> None:
+    with subprocess.Popen(["true"]) as gone:
+        pass
+    stale = cgroup_parent / f"vmsandbox-probe-{gone.pid}"
+    stale.mkdir()
+
+    verdict, evidence = run_inside("cgroups")
+
+    assert verdict == "ok", evidence
+    assert not stale.exists()
+    assert group_of_the_living.exists()
+
+
+# A hierarchy without a source, on a mount point of any bytes, is the only one there.
+ODD_MOUNTS = """
+import ctypes, os, sys
+folder, kind = sys.argv[1].encode(), sys.argv[2].encode()
+libc = ctypes.CDLL(None, use_errno=True)
+place = folder + b"/ \\xff \\\\040\\n\\r - x"
+for source, kind, target, words in (
+    (b"", b"tmpfs", folder, None),
+    (b"", kind, place, None if kind == b"cgroup2" else b"memory"),
+):
+    os.makedirs(target, exist_ok=True)
+    if libc.mount(source, target, kind, 0, words):
+        sys.exit(f"mount {kind}: {os.strerror(ctypes.get_errno())}")
+os.execv(sys.executable, [sys.executable, "-I", "-S", *sys.argv[3:]])
+"""
+CGROUP_PLACES = """\
+if __name__ == "__main__":
+    print(json.dumps([os.fsencode(place).hex() for place, _ in possible_cgroups()]))
+"""
+
+
+@as_root
+@pytest.mark.parametrize("kind", ["cgroup2", "cgroup"])
+def test_a_hierarchy_is_found_whatever_its_mount_is_called(tmp_path: Path, kind: str) -> None:
+    program = tmp_path / "program"
+    program.write_text(INSIDE[: INSIDE.index('if __name__ == "__main__":')] + CGROUP_PLACES)
+    done = subprocess.run(
+        ["unshare", "--mount", sys.executable, "-c", ODD_MOUNTS, tmp_path / "m", kind, program],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    if done.stderr.startswith("mount "):
+        pytest.skip(f"takes the mount of a hierarchy: {done.stderr}")
+
+    places = [bytes.fromhex(place) for place in json.loads(done.stdout)]
+
+    assert os.fsencode(tmp_path) + b"/m/ \xff \\040\n\r - x" in places
+
+
+def test_what_cannot_be_read_is_no_traceback() -> None:
+    broken = 'def try_bridge():\n    b"\\xff".decode()'
+
+    _, evidence = run_inside(
+        "bridge", text=inside_with(broken).replace("TRIES[what]", "0, try_bridge")
+    )
+
+    assert "can't decode byte 0xff" in evidence
+
+
+@as_root
+def test_a_usr_that_can_be_written_is_noticed_and_nothing_is_written() -> None:
+    writable = INSIDE.replace("MS_BIND | MS_REMOUNT | MS_RDONLY", "MS_BIND | MS_REMOUNT")
+    before = Path("/usr").stat()
+
+    verdict, evidence = run_inside("jail", text=writable)
+
+    assert writable != INSIDE
+    if verdict == "denied":
+        pytest.skip(f"takes a jail: {evidence}")
+    assert (verdict, evidence) == ("unusable", "/usr was bound read-only and could be written")
+    assert Path("/usr").stat()[:7] + Path("/usr").stat()[8:] == before[:7] + before[8:]
 
 
 PROBE_WITHIN_LIMITS = """

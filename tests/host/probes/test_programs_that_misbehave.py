@@ -12,6 +12,7 @@ import pytest
 
 from pytest_vmsandbox.host.facts import Capability, Fact, Tier, Verdict, fact_of
 from pytest_vmsandbox.host.probes.image_builder import probe_image_builder
+from pytest_vmsandbox.host.probes.jail import probe_jail
 from pytest_vmsandbox.host.probes.kvm import probe_kvm
 from pytest_vmsandbox.host.probes.nat import probe_nat
 from pytest_vmsandbox.host.probes.qemu import probe_qemu
@@ -47,6 +48,10 @@ async def sudo_qemu_vm(trial: Trial) -> Fact:
     return await probe_sudo_qemu_vm(trial, user=USER_IS_THERE)
 
 
+async def jail_through_sudo(trial: Trial) -> Fact:
+    return await probe_jail(trial, tier=Tier.SUDO)
+
+
 Probe = Callable[[Trial], Coroutine[object, object, Fact]]
 
 # The probe, and the programs that it runs, the one that misbehaves first.
@@ -55,6 +60,7 @@ PROBES: list[tuple[Probe, tuple[str, ...]]] = [
     (kvm, (QEMU,)),
     (probe_sudo, ("sudo",)),
     (sudo_qemu_vm, ("sudo",)),
+    (jail_through_sudo, ("sudo",)),
     (probe_qemu_vm_user, ("id",)),
     (probe_setfacl, ("setfacl", "getfacl")),
     (probe_setfacl, ("getfacl", "setfacl")),
@@ -124,6 +130,49 @@ async def test_a_program_that_prints_nonsense_and_succeeds_makes_it_absent(
 
     assert not fact.present
     assert fact.verdict is Verdict.UNUSABLE
+
+
+# Well-formed JSON of the wrong type, JSON that no parser gets to the end of, and no JSON at all.
+NONSENSE: dict[str, bytes] = {
+    "nothing": b"",
+    "a number": b"1\n",
+    "null": b"null\n" * 6,
+    "true": b"true\n",
+    "text": b'"text"\n',
+    "a list": b"[]\n[1]\n",
+    "an object": b"{}\n",
+    "an object of lists": b'{"QMP": []}\n{"return": []}\n{"return": 1}\n{"return": null}\n',
+    "events only": b'{"event": 1}\n' * 5,
+    "a list of the right words": b'["event", "QMP", "return", "verdict"]\n',
+    "wrong members": b'{"verdict": null, "evidence": []}\n',
+    "a verdict of its own": b'{"verdict": "splendid", "evidence": "x"}\n',
+    "brackets without end": b"[" * 200_000,
+    "braces without end": b'{"a":' * 200_000,
+    "a number without end": b"9" * 200_000,
+    "half a surrogate": b'"\\ud800"\n',
+    "no UTF-8": b"\xff\xfe\n",
+    "zeros": b"\0" * 5000,
+}
+
+
+@each_probe
+@pytest.mark.parametrize("printed", NONSENSE.values(), ids=NONSENSE)
+async def test_an_answer_of_the_wrong_kind_makes_it_absent(
+    probe: Probe, programs: tuple[str, ...], printed: bytes, stubs: Stubs, tmp_path: Path
+) -> None:
+    if probe is probe_qemu_vm_user and printed == b"1\n":
+        pytest.skip("that is an answer of id")
+    answer = tmp_path / "answer"
+    answer.write_bytes(printed)
+    for other in programs[1:]:
+        stubs.put(other, "echo something")
+    stubs.put(programs[0], f"exec /bin/cat {answer}")
+
+    fact = await probe(Trial(run_dir=tmp_path, search_path=str(stubs.directory)))
+
+    assert not fact.present
+    assert fact.verdict is Verdict.UNUSABLE
+    assert fact.evidence.encode()  # it can be printed
 
 
 async def test_an_nft_that_hangs_is_ended_with_the_probe(
