@@ -44,11 +44,14 @@ def no_process_left() -> Iterator[None]:
     """Orphans of a probe become our children, so that none can hide."""
     prctl_set_child_subreaper()
     before = set(children())
-    yield
-    deadline = time.monotonic() + 2.0
-    while left := set(children()) - before:
-        assert time.monotonic() < deadline, f"left running: {[command_of(pid) for pid in left]}"
-        time.sleep(0.01)
+    try:
+        yield
+        deadline = time.monotonic() + 2.0
+        while left := set(children()) - before:
+            assert time.monotonic() < deadline, f"left running: {[command_of(pid) for pid in left]}"
+            time.sleep(0.01)
+    finally:
+        prctl_set_child_subreaper(enabled=False)
 
 
 @pytest.fixture(autouse=True)
