@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import functools
 import grp
 import logging
@@ -98,7 +99,8 @@ async def probe_qemu_vm_user() -> bool:
     if not current_platform().is_linux:
         _probe_cache.qemu_vm_user = False
     if _probe_cache.qemu_vm_user is None:
-        _probe_cache.qemu_vm_user = await _probe(["/usr/bin/id", QEMU_VM_USER])
+        argv = ["/usr/bin/id", QEMU_VM_USER]
+        _probe_cache.qemu_vm_user = await _probe(argv, capture=False)
     return _probe_cache.qemu_vm_user
 
 
@@ -148,6 +150,8 @@ async def probe_acl_support(directory: AnyPath) -> bool:
 
     Programs may be there and the file system refuse. Nothing is left in the directory.
     """
+    if not os.fspath(directory):
+        return False  # to tempfile, the working directory
     me = _user_name(os.getuid())
     try:
         with tempfile.NamedTemporaryFile(dir=directory, prefix=".acl-") as trial:
@@ -188,7 +192,9 @@ async def get_acl(path: AnyPath) -> dict[str, str] | None:
 def parse_acl(text: str) -> dict[str, str]:
     """Read what getfacl prints; lines that are no entries (comments, nonsense) are skipped."""
     acl = {}
-    for line in text.splitlines():
+    # Not splitlines(): a form feed in the name of the file, which the first comment holds, is no
+    # end of a line; getfacl writes a line feed in it as \012.
+    for line in text.split("\n"):
         if entry := _ACL_ENTRY.fullmatch(line):
             key = entry["key"]
             acl[f"{key}:" if key.endswith(":") else key] = entry["perms"]
@@ -207,8 +213,8 @@ async def verify_user_access(path: AnyPath, user: str, perms: str = "rw") -> boo
     acl = await get_acl(path)
     if acl is None:
         return False
-    # The kernel keeps no named entry without a mask (posix_acl_valid), so "rwx" is for no real one.
-    given = set(acl.get(f"user:{user}", "")) & set(acl.get("mask::", "rwx"))
+    # The kernel keeps no named entry without a mask (posix_acl_valid): there, something is wrong.
+    given = set(acl.get(f"user:{user}", "")) & set(acl.get("mask::", ""))
     return wanted <= given
 
 
@@ -222,7 +228,10 @@ async def chmod_async(path: AnyPath, mode: str) -> bool:
 
 async def chmod_executable(path: AnyPath) -> None:
     """Set the mode of `path` to exactly 0o755; raises OSError."""
-    await asyncio.to_thread(os.chmod, path, 0o755)
+    try:
+        await asyncio.to_thread(os.chmod, path, 0o755)
+    except ValueError as error:  # a path that no file system can have
+        raise OSError(errno.EINVAL, str(error), os.fspath(path)) from error
 
 
 async def get_mode(path: AnyPath) -> int | None:
@@ -265,8 +274,7 @@ async def grant_qemu_vm_access(path: AnyPath) -> bool:
     """
     if not await probe_qemu_vm_user():
         return False
-    if Path(path).is_symlink():  # noqa: ASYNC240 -- one lstat
-        logger.debug("%s is a symbolic link: no access through it", path)
+    if not await asyncio.to_thread(_is_no_link, path):
         return False
     return await set_acl_user(path, QEMU_VM_USER, "rw")
 
@@ -274,9 +282,11 @@ async def grant_qemu_vm_access(path: AnyPath) -> bool:
 async def grant_qemu_vm_file_access(path: AnyPath, *, writable: bool = False) -> bool:
     """Let `qemu-vm` reach `path` and read it, or own it when `writable`.
 
-    When a parent can't be made traversable the file itself is not touched.
+    When a parent can't be made traversable the file itself is not touched. A symbolic link is
+    refused: chmod and chown would follow it, as root. Links among the parents are followed.
     """
-    if not await ensure_traversable(await asyncio.to_thread(_parents, path)):
+    parents = await asyncio.to_thread(_parents, path)
+    if parents is None or not await ensure_traversable(parents):
         return False
     if writable:
         return await chown_to_qemu_vm(path)
@@ -299,11 +309,37 @@ async def _make_traversable(directory: AnyPath) -> bool:
     return mode & _TRAVERSABLE == _TRAVERSABLE or await chmod_async(directory, "a+x")
 
 
-def _parents(path: AnyPath) -> list[Path]:
-    """All folders on the way to `path`, innermost first, those behind symbolic links too."""
-    written = Path(path).absolute()
-    ways = dict.fromkeys([*written.parents, *written.resolve().parents])
+def _parents(path: AnyPath) -> list[Path] | None:
+    """All folders on the way to `path`, innermost first, those behind symbolic links too.
+
+    None for a symbolic link, and for a path that leads nowhere.
+    """
+    if not _is_no_link(path):
+        return None
+    try:
+        written = Path(path).absolute()
+        ways = dict.fromkeys([*written.parents, *written.resolve().parents])
+    except (OSError, ValueError, RuntimeError) as error:  # the last, in Python 3.11: a loop
+        logger.debug("no way to %r: %s", str(path), error)
+        return None
     return [folder for folder in ways if folder != Path("/")]
+
+
+def _is_no_link(path: AnyPath) -> bool:
+    """Whether `path` is a file that we can see to be no symbolic link, or nothing yet."""
+    if not os.fspath(path):
+        return False  # to Path, the working directory
+    try:
+        mode = Path(path).lstat().st_mode  # of Path: without the slash that leads through a link
+    except FileNotFoundError:
+        return True
+    except (OSError, ValueError) as error:
+        logger.debug("lstat %r: %s", str(path), error)
+        return False
+    if stat.S_ISLNK(mode):
+        logger.debug("%s is a symbolic link: no access through it", path)
+        return False
+    return True
 
 
 # Through sudo, as root
@@ -344,7 +380,7 @@ async def sudo_rm(path: AnyPath) -> bool:
         return False
     try:
         process = await sudo_exec(["rm", "-rf", "--", str(Path(path))])
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a path that no file system can have
         logger.debug("sudo rm: %s", error)
         return False
     try:
@@ -367,16 +403,16 @@ async def _end(process: Process) -> None:
 # What the above has in common
 
 
-async def _probe(argv: Sequence[str]) -> bool:
-    return (await _outcome(argv, deadline_s=_PROBE_DEADLINE_S)).ok
+async def _probe(argv: Sequence[str], *, capture: bool = True) -> bool:
+    return (await _outcome(argv, deadline_s=_PROBE_DEADLINE_S, capture=capture)).ok
 
 
 async def _run(argv: Sequence[str]) -> bool:
     return (await _outcome(argv, deadline_s=_COMMAND_DEADLINE_S)).ok
 
 
-async def _outcome(argv: Sequence[str], *, deadline_s: float) -> Outcome:
-    outcome = await run_program(argv, deadline_s=deadline_s)
+async def _outcome(argv: Sequence[str], *, deadline_s: float, capture: bool = True) -> Outcome:
+    outcome = await run_program(argv, deadline_s=deadline_s, capture=capture)
     if not outcome.ok:
         logger.debug("%s", outcome)
     return outcome

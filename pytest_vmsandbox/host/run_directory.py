@@ -31,7 +31,11 @@ def is_below_run_directory(path: str | os.PathLike[str]) -> bool:
     target = Path(path)
     if not target.is_absolute() or ".." in target.parts or "\0" in str(target):
         return False
-    if target.parent != Path(os.path.realpath(target.parent)):
+    try:
+        parent = Path(os.path.realpath(target.parent, strict=True))
+    except (OSError, ValueError):  # ValueError: a path that no file system can have
+        return False
+    if target.parent != parent:
         return False
     for folder in target.parents[:-1]:  # the last one is /, which is no run directory
         if not _is_ours_alone(folder, file_type=stat.S_IFDIR):

@@ -573,9 +573,9 @@ async def test_the_folders_behind_a_link_are_opened_too(scratch: Path) -> None:
     (scratch / "shown").mkdir(mode=0o700)
     (hidden / "file").touch(mode=0o600)
     (scratch / "hidden").chmod(0o700)
-    (scratch / "shown" / "link").symlink_to(hidden / "file")
+    (scratch / "shown" / "link").symlink_to(hidden)
 
-    assert await grant_qemu_vm_file_access(scratch / "shown" / "link") is True
+    assert await grant_qemu_vm_file_access(scratch / "shown" / "link" / "file") is True
     assert permission_bits(scratch / "hidden") == 0o711
     assert permission_bits(scratch / "shown") == 0o711
 

@@ -336,7 +336,7 @@ def test_lines_that_are_no_entries_are_skipped(line: str) -> None:
     assert parse_acl(f"{line}\n") == {}
 
 
-async def test_a_named_entry_without_a_mask_counts_as_it_stands(file: Path, stubs: Stubs) -> None:
+async def test_a_named_entry_without_a_mask_counts_as_nothing(file: Path, stubs: Stubs) -> None:
     stubs.put("getfacl", "echo user:daemon:rw-")
 
-    assert await verify_user_access(file, "daemon", "rw")
+    assert not await verify_user_access(file, "daemon", "r")
