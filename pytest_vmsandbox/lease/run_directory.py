@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import re
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from pytest_vmsandbox.errors import HostUnfit, TeardownRefused
 from pytest_vmsandbox.host.run_directory import RUN_DIRECTORY_MARKER, mark_run_directory
 from pytest_vmsandbox.linux import read_mountinfo
 
 LOCK = "lock"
+
+# A removal begins with this new name, so that nobody finds half a run directory under its own.
+DEAD = ".dead-"
+
+NAME = re.compile(r"r[0-9a-f]{8}-.+")
+
+# Between a run directory's mkdir and its mark lie milliseconds.
+UNMARKED_LIMIT_S = 60.0
 
 # AF_UNIX paths end at 108 bytes, NUL included (unix(7)); the longest name that we put below
 # a base is "/r0123abcd-gw999/m999/console.sock".
@@ -73,46 +84,112 @@ def open_run_directory(base: Path, *, worker: str) -> Iterator[RunDirectory]:
 
 
 def sweep(base: Path) -> list[Path]:
-    """Remove the run directories below `base` whose run is certainly dead; returns them."""
+    """Remove what dead runs of ours left directly below `base`; returns what was removed.
+
+    That is run directories whose lock nobody holds, those whose removal was interrupted, and
+    those whose run died before it could mark them. Everything else stays in place. Other
+    processes may do the same at the same time.
+    """
     removed: list[Path] = []
     for path in sorted(base.iterdir()):
-        if not (path / RUN_DIRECTORY_MARKER).is_file() or path.is_symlink():
-            continue
-        try:
-            with FileLock(path / LOCK, timeout=0):
-                remove(path)
-        except (Timeout, TeardownRefused, OSError):
-            continue  # it lives, or it can't be proved ours: left in place
-        removed.append(path)
+        # it lives, somebody else removed it, or it can't be proved ours
+        with suppress(TeardownRefused, OSError):
+            if _sweep_one(path):
+                removed.append(path)
     return removed
+
+
+def _sweep_one(path: Path) -> bool:
+    if path.name.startswith(DEAD):
+        # No lock: nobody but a remover uses it, and removers don't hurt each other.
+        _require_ours(path)
+        _clear(path)
+        return True
+    if (path / RUN_DIRECTORY_MARKER).is_file() and not path.is_symlink():
+        with _lock_of_the_dead(path):
+            remove(path)
+        return True
+    return bool(NAME.fullmatch(path.name)) and _remove_unmarked(path)
 
 
 def remove(path: Path) -> None:
     """Remove a run directory: ours by owner and marker, nothing mounted below it.
 
-    Raises TeardownRefused, with all of it still in place, when that does not hold.
+    The caller holds its lock. Raises TeardownRefused, with all of it still in place, when that
+    does not hold. After any other failure what is left is called `.dead-...` and is taken up by
+    the next sweep.
     """
-    state = path.lstat()
-    if not stat.S_ISDIR(state.st_mode) or state.st_uid != os.getuid():
-        raise TeardownRefused(str(path), "it is not a directory of ours", f"ls -ld {path}")
+    _require_ours(path)
     if not (path / RUN_DIRECTORY_MARKER).is_file():
         raise TeardownRefused(
             str(path), f"it lacks our marker {RUN_DIRECTORY_MARKER}", f"ls -la {path}"
         )
+    _require_nothing_mounted(path)
+    # A run that saw the marker under the old name finds nothing there from now on.
+    dead = path.with_name(DEAD + path.name)
+    path.rename(dead)
+    _clear(dead)
+
+
+def _clear(dead: Path) -> None:
+    """Remove it with all that is in it, though others may be removing it as well."""
+    _require_nothing_mounted(dead)
+    while dead.is_dir():
+        with suppress(FileNotFoundError):  # another remover was faster: see what remains
+            for entry in dead.iterdir():
+                if entry.name in (RUN_DIRECTORY_MARKER, LOCK):
+                    continue
+                if entry.is_dir() and not entry.is_symlink():
+                    shutil.rmtree(entry)
+                else:
+                    entry.unlink()
+            # The marker goes late: `sudo_rm` removes strangers' files only below one.
+            (dead / RUN_DIRECTORY_MARKER).unlink(missing_ok=True)
+            (dead / LOCK).unlink(missing_ok=True)
+            dead.rmdir()
+
+
+def _remove_unmarked(path: Path) -> bool:
+    """Remove what a run left that died between mkdir and mark: nothing in it but a lock."""
+    state = _require_ours(path)
+    if time.time() - state.st_mtime < UNMARKED_LIMIT_S:
+        return False
+    names = [entry.name for entry in path.iterdir()]
+    if names == [LOCK]:
+        with _lock_of_the_dead(path):
+            (path / LOCK).unlink()
+            path.rmdir()
+    elif not names:
+        path.rmdir()
+    return not path.exists()
+
+
+@contextmanager
+def _lock_of_the_dead(path: Path) -> Iterator[None]:
+    """Hold the lock that a dead run left; BlockingIOError when somebody holds it.
+
+    Not a FileLock, which makes what is missing, the directory too: a run that ends just now
+    would come back as an empty shell. Both are flock(2), so they exclude each other.
+    """
+    lock = os.open(path / LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _require_ours(path: Path) -> os.stat_result:
+    state = path.lstat()
+    if not stat.S_ISDIR(state.st_mode) or state.st_uid != os.getuid():
+        raise TeardownRefused(str(path), "it is not a directory of ours", f"ls -ld {path}")
+    return state
+
+
+def _require_nothing_mounted(path: Path) -> None:
     if mounted := [entry.mount_point for entry in read_mountinfo() if entry.is_below(path)]:
         shown = ", ".join(map(str, mounted))
         raise TeardownRefused(str(path), f"still mounted: {shown}", "findmnt")
-    # The marker goes last, so that an interrupted removal is taken up by the next sweep.
-    for entry in path.iterdir():
-        if entry.name in (RUN_DIRECTORY_MARKER, LOCK):
-            continue
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
-    (path / RUN_DIRECTORY_MARKER).unlink()
-    (path / LOCK).unlink(missing_ok=True)
-    path.rmdir()
 
 
 def make_private(base: Path) -> None:

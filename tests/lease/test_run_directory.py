@@ -5,13 +5,15 @@ import stat
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from pytest_vmsandbox.errors import HostUnfit, TeardownRefused
-from pytest_vmsandbox.lease.run_directory import open_run_directory, remove, sweep
+from pytest_vmsandbox.host.run_directory import RUN_DIRECTORY_MARKER, mark_run_directory
+from pytest_vmsandbox.lease.run_directory import DEAD, LOCK, open_run_directory, remove, sweep
 
 _LIVE_RUN = """
 import sys, time
@@ -21,6 +23,15 @@ with open_run_directory(Path(sys.argv[1]), worker="gw1") as directory:
     (directory.path / "precious").write_text("in use")
     print(directory.path, flush=True)
     time.sleep(60)
+"""
+
+_MANY_RUNS = """
+import sys
+from pathlib import Path
+from pytest_vmsandbox.lease.run_directory import open_run_directory
+for _ in range(60):
+    with open_run_directory(Path(sys.argv[1]), worker="gw1") as directory:
+        (directory.machine_directory("m1") / "console.log").write_text("boot")
 """
 
 
@@ -83,6 +94,100 @@ def test_a_folder_without_our_mark_is_never_touched(base: Path) -> None:
     with pytest.raises(TeardownRefused, match="marker"):
         remove(stranger)
     assert (stranger / "precious").read_text() == "theirs"
+
+
+def test_runs_that_begin_and_end_at_the_same_time_do_not_trip_each_other(base: Path) -> None:
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", _MANY_RUNS, str(base)], stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(8)
+    ]
+    complaints = [run.communicate()[1] for run in runs]
+
+    assert complaints == [""] * len(runs)
+    assert [run.returncode for run in runs] == [0] * len(runs)
+    assert list(base.iterdir()) == []
+
+
+def test_whoever_saw_a_run_before_it_ended_leaves_nothing_in_its_place(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next run sweeps when the one before has only its directory's last step to go."""
+    swept: list[list[Path]] = []
+    rmdir = Path.rmdir
+
+    def sweep_first(path: Path) -> None:
+        monkeypatch.setattr(Path, "rmdir", rmdir)
+        swept.append(sweep(base))
+        assert not path.exists()  # the sweep took it up
+        rmdir(path)
+
+    with open_run_directory(base, worker="main"):
+        monkeypatch.setattr(Path, "rmdir", sweep_first)
+
+    assert [path.name[: len(DEAD)] for (path,) in swept] == [DEAD]
+    assert list(base.iterdir()) == []
+
+
+@pytest.mark.parametrize("marked", [True, False], ids=["marked", "unmarked"])
+def test_an_interrupted_removal_is_taken_up(base: Path, *, marked: bool) -> None:
+    dead = base / f"{DEAD}rdeadbeef-gw0"
+    (dead / "m1").mkdir(parents=True)
+    base.chmod(0o700)
+    (dead / "m1" / "console.log").write_text("boot")
+    if marked:
+        mark_run_directory(dead)
+
+    assert sweep(base) == [dead]
+    assert list(base.iterdir()) == []
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="giving files away needs root")
+def test_an_interrupted_removal_of_somebody_else_is_left_alone(base: Path) -> None:
+    dead = base / f"{DEAD}rdeadbeef-gw0"
+    dead.mkdir(parents=True)
+    (dead / "precious").write_text("theirs")
+    os.chown(dead, 12345, 12345)
+
+    assert sweep(base) == []
+    assert (dead / "precious").read_text() == "theirs"
+
+
+@pytest.mark.parametrize("content", [[], [LOCK]], ids=["empty", "with its lock"])
+def test_what_a_run_left_that_died_before_its_mark_goes_after_a_minute(
+    base: Path, content: list[str]
+) -> None:
+    unmarked = base / "rdeadbeef-gw0"
+    unmarked.mkdir(parents=True)
+    for name in content:
+        (unmarked / name).touch()
+
+    assert sweep(base) == []
+    _make_older(unmarked)
+    assert sweep(base) == [unmarked]
+    assert list(base.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("rdeadbeef-gw0", "precious"), ("rdeadbeef-gw0", RUN_DIRECTORY_MARKER + "x"), ("mine", LOCK)],
+)
+def test_an_old_unmarked_folder_of_another_kind_is_left_alone(
+    base: Path, name: str, content: str
+) -> None:
+    stranger = base / name
+    stranger.mkdir(parents=True)
+    (stranger / content).write_text("theirs")
+    _make_older(stranger)
+
+    assert sweep(base) == []
+    assert (stranger / content).read_text() == "theirs"
+
+
+def _make_older(path: Path) -> None:
+    then = time.time() - 120
+    os.utime(path, (then, then))
 
 
 def test_a_link_in_place_of_a_run_directory_leads_nowhere(base: Path, tmp_path: Path) -> None:
@@ -154,6 +259,7 @@ try:
         (target / "precious").write_text("mounted")
 except TeardownRefused as refused:
     print(refused)
+    assert target.parent.parent == Path(sys.argv[1]), target
     print((target / "precious").read_text())
 """
     done = subprocess.run(
