@@ -63,6 +63,20 @@ def test_the_highest_initial_count_is_taken_whole() -> None:
         assert counter.read() == 2**32 - 1
 
 
+def test_descriptor_zero_is_one_too(in_child: InChild) -> None:
+    def body() -> None:
+        os.close(0)
+        with EventFD(4) as counter:
+            assert counter.fileno() == 0
+            assert not counter.closed
+            assert repr(counter) == "<EventFD 0>"
+            assert counter.read() == 4
+        assert counter.closed
+        assert os.open("/dev/null", os.O_RDONLY) == 0  # it was closed
+
+    in_child(body)
+
+
 def test_nonblocking_raises_where_the_others_wait() -> None:
     with EventFD(0, EventFDFlags.NONBLOCK) as counter:
         with pytest.raises(BlockingIOError, match="eventfd read"):
