@@ -6,15 +6,21 @@ import argparse
 import asyncio
 import json
 import os
+import platform
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from platformdirs import user_cache_path
-
+from pytest_vmsandbox.cli.common import add_cache_argument, cache_of
 from pytest_vmsandbox.host.facts import Capability, Fact, HostFacts, Tier, Verdict
-from pytest_vmsandbox.host.survey import probe_host
+from pytest_vmsandbox.host.survey import keep_kernels_word, probe_host, recall_host, settle_kvm
 from pytest_vmsandbox.host.tier import STANDS_ON, missing_for
+from pytest_vmsandbox.image.cache import list_images
+from pytest_vmsandbox.image.image import Image
 from pytest_vmsandbox.lease.run_directory import default_base
+
+# What any machine takes; the rest is asked for, or is not missed.
+ALWAYS_ASKED_FOR = (Capability.QEMU, Capability.IMAGE_BUILDER)
 
 # In the words of the environment: what `--vm-require` would take.
 _REQUIRE = "VMSANDBOX_REQUIRE"
@@ -22,16 +28,19 @@ _REQUIRE = "VMSANDBOX_REQUIRE"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `vmsandbox doctor`."""
+    add_cache_argument(parser)
     parser.add_argument("--json", action="store_true", help="machine-readable; docs/hosts.md")
     parser.add_argument(
-        "--strict", action="store_true", help="exit 1 when something required is missing"
+        "--strict",
+        action="store_true",
+        help="exit 1 when something asked for is missing, or is kvm and no kernel was tried yet",
     )
     parser.add_argument(
         "--require",
         type=parse_capabilities,
-        default=os.environ.get(_REQUIRE, ""),
         metavar="CAP[,CAP]",
-        help=f"what --strict requires (default: {_REQUIRE}; without both, everything)",
+        help=f"what is asked for; nothing, if empty (default: the environment's {_REQUIRE}; "
+        f"where that is not set, {' and '.join(ALWAYS_ASKED_FOR)}, which any machine takes)",
     )
 
 
@@ -46,15 +55,60 @@ def parse_capabilities(text: str) -> tuple[Capability, ...]:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """0, or 1 where `--strict` finds something missing. Always tries anew, and remembers it."""
-    facts = asyncio.run(
-        probe_host(cache_dir=user_cache_path("vmsandbox"), run_dir=default_base(), reprobe=True)
-    )
+    """0, or 1 where `--strict` finds something missing. Always tries anew, and remembers it.
+
+    2, without a look, where `--strict` can't read what the environment asks for.
+    """
+    try:
+        asked_for = _asked_for(arguments) if arguments.strict else ()
+    except argparse.ArgumentTypeError as error:
+        sys.stderr.write(f"vmsandbox doctor: {_REQUIRE} in the environment: {error}\n")
+        return 2
+    facts = asyncio.run(examine(cache_dir=cache_of(arguments), run_dir=default_base()))
     text = json.dumps(to_report(facts), indent=1) if arguments.json else render(facts)
     sys.stdout.write(f"{text}\n")
-    required: Sequence[Capability] = arguments.require or tuple(Capability)
-    lacking = [capability for capability in required if not facts[capability].present]
-    return 1 if arguments.strict and lacking else 0
+    lacking = [name for name in asked_for if not facts[name].present or _is_open(facts[name])]
+    if lacking:
+        sys.stderr.write(f"vmsandbox doctor: asked for and missing: {', '.join(lacking)}\n")
+    return 1 if lacking else 0
+
+
+async def examine(*, cache_dir: Path, run_dir: Path) -> HostFacts:
+    """The facts, tried anew, and KVM with the kernel of an image where the cache has one.
+
+    Where it has none, what a kernel said before still holds.
+    """
+    former = recall_host(cache_dir=cache_dir, run_dir=run_dir)
+    facts = await probe_host(cache_dir=cache_dir, run_dir=run_dir, reprobe=True)
+    image = _image_to_try(cache_dir)
+    if image is None:
+        return keep_kernels_word(facts, former, cache_dir=cache_dir, run_dir=run_dir)
+    return await settle_kvm(
+        facts,
+        cache_dir=cache_dir,
+        run_dir=run_dir,
+        kernel=image.kernel,
+        initramfs=image.initramfs,
+        command_line=" ".join(image.command_line),
+    )
+
+
+def _image_to_try(cache_dir: Path) -> Image | None:
+    """Any image for this processor."""
+    ours = (i for i in list_images(cache_dir) if i.architecture == platform.machine())
+    return next(ours, None)
+
+
+def _asked_for(arguments: argparse.Namespace) -> Sequence[Capability]:
+    if arguments.require is not None:
+        asked_for: Sequence[Capability] = arguments.require
+        return asked_for
+    named = os.environ.get(_REQUIRE)
+    return ALWAYS_ASKED_FOR if named is None else parse_capabilities(named)
+
+
+def _is_open(fact: Fact) -> bool:
+    return fact.verdict is Verdict.UNCONFIRMED
 
 
 def to_report(facts: HostFacts) -> dict[str, object]:
@@ -89,7 +143,7 @@ def render(facts: HostFacts) -> str:
 
 def _render_fact(fact: Fact) -> list[str]:
     state = "ok" if fact.present else "no"
-    if fact.verdict is Verdict.UNCONFIRMED:
+    if _is_open(fact):
         state = "ok?"
     tiers = [tier.value for tier, needed in STANDS_ON.items() if fact.capability in needed]
     unlocks = f"  (for tier {', '.join(tiers)})" if tiers else ""

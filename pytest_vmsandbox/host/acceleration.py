@@ -39,6 +39,8 @@ _LOUD = "console=ttyS0 loglevel=7 panic=-1"
 
 _LOOK_EVERY_S = 0.02
 
+_KERNEL_FAILED = "the small guest ran, but "
+
 KVM_REMEDY = (
     "use a host whose KVM boots an unmodified kernel (bare metal, or a VM with nested "
     "virtualisation); --vm-accel=tcg works without"
@@ -163,12 +165,17 @@ async def _wait_verdict(
         await asyncio.sleep(_LOOK_EVERY_S)
 
 
+def is_said_by_kernel(kvm: Fact) -> bool:
+    """Whether it was a kernel that decided, and not the small guest before it."""
+    return kvm.verdict is Verdict.OK or kvm.evidence.startswith(_KERNEL_FAILED)
+
+
 def _kernel_failed(what: str, console: bytes) -> Fact:
     last = _last_line(console) or "nothing"
     return fact_of(
         Capability.KVM,
         Verdict.UNUSABLE,
-        evidence=f"the small guest ran, but {what}; last on its console: {last}",
+        evidence=f"{_KERNEL_FAILED}{what}; last on its console: {last}",
         remedy=KVM_REMEDY,
     )
 

@@ -8,7 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from pytest_vmsandbox.deadline import Deadline
-from pytest_vmsandbox.host.acceleration import choose_accel, confirm_kvm, measure_time_scale
+from pytest_vmsandbox.host.acceleration import (
+    choose_accel,
+    confirm_kvm,
+    is_said_by_kernel,
+    measure_time_scale,
+)
 from pytest_vmsandbox.host.facts import (
     Capability,
     Fact,
@@ -64,6 +69,26 @@ async def probe_host(*, cache_dir: Path, run_dir: Path, reprobe: bool = False) -
     return known
 
 
+def recall_host(*, cache_dir: Path, run_dir: Path) -> HostFacts | None:
+    """What is remembered of this host for this user, or None; nothing is tried."""
+    return recall(cache_dir, _key(start_trial(run_dir=run_dir)))
+
+
+def keep_kernels_word(
+    facts: HostFacts, former: HostFacts | None, *, cache_dir: Path, run_dir: Path
+) -> HostFacts:
+    """The facts with what a kernel once said of KVM, where the small guest ran again; remembered.
+
+    For a survey anew without a kernel to try: the last step was not, so its word stands.
+    """
+    if former is None or is_final(facts[Capability.KVM]):
+        return facts
+    kvm = former[Capability.KVM]
+    if not is_said_by_kernel(kvm):
+        return facts
+    return _settled(facts, kvm, cache_dir=cache_dir, run_dir=run_dir)
+
+
 async def settle_kvm(
     facts: HostFacts,
     *,
@@ -82,6 +107,10 @@ async def settle_kvm(
     kvm = await confirm_kvm(
         qemu=Path(facts.qemu.path), kernel=kernel, initramfs=initramfs, command_line=command_line
     )
+    return _settled(facts, kvm, cache_dir=cache_dir, run_dir=run_dir)
+
+
+def _settled(facts: HostFacts, kvm: Fact, *, cache_dir: Path, run_dir: Path) -> HostFacts:
     accel = choose_accel(kvm, current_platform())
     settled = replace(facts.with_fact(kvm), accel=accel.accel, accel_reason=accel.reason)
     remember(cache_dir, _key(start_trial(run_dir=run_dir)), settled)
