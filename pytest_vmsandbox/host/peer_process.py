@@ -1,4 +1,4 @@
-"""The process at the other end of a UNIX socket: whether it is the one that we started."""
+"""The process at the other end of a UNIX socket: is it the one that we started, and whose is it."""
 
 from __future__ import annotations
 
@@ -21,6 +21,9 @@ _SOL_LOCAL = 0
 _LOCAL_PEERPID = 2
 
 _INT = struct.Struct("i")
+
+_PROC = Path("/proc")
+_DEFAULT_OVERFLOW_UID = 65534
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,3 +102,43 @@ def pid_of(pidfd: int) -> int:
         if key == "Pid":
             return int(value)
     raise ValueError(f"descriptor {pidfd} is not a pidfd")
+
+
+def stands_for_others(uid: int) -> bool:
+    """Whether `uid` may be what the kernel shows here for every user that has no uid here.
+
+    It does so in a user namespace, with the overflow uid (user_namespaces(7), "Unmapped user and
+    group IDs"). Where that is mapped, as it is in the initial namespace, it is a user of its own;
+    where the map can't be read, it is taken for one that is not.
+    """
+    if uid != _read_overflow_uid():
+        return False
+    try:
+        lines = (_PROC / "self/uid_map").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return True
+    ranges = [[int(word) for word in line.split()] for line in lines]
+    return not any(inside <= uid < inside + count for inside, _outside, count in ranges)
+
+
+def _read_overflow_uid() -> int:
+    try:
+        return int((_PROC / "sys/kernel/overflowuid").read_text(encoding="ascii"))
+    except OSError:
+        return _DEFAULT_OVERFLOW_UID
+
+
+def read_effective_uid(pid: int) -> int | None:
+    """The effective uid that process `pid` has now; None where /proc does not show the process.
+
+    It is not there, or hidden (proc(5), hidepid). Source: proc_pid_status(5), "Uid".
+    """
+    try:
+        lines = (_PROC / str(pid) / "status").read_bytes().splitlines()
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return None
+    for line in lines:
+        if line.startswith(b"Uid:"):
+            _real, effective, _saved, _file_system = line.removeprefix(b"Uid:").split()
+            return int(effective)
+    raise ValueError(f"no line with uids in the status of process {pid}")

@@ -22,7 +22,13 @@ from typing import TypeAlias
 
 from pytest_vmsandbox.deadline import Deadline
 from pytest_vmsandbox.errors import SocketAuthError
-from pytest_vmsandbox.host.peer_process import find_difference_linux, find_difference_macos
+from pytest_vmsandbox.host.peer_process import (
+    Difference,
+    find_difference_linux,
+    find_difference_macos,
+    read_effective_uid,
+    stands_for_others,
+)
 from pytest_vmsandbox.host.platform import current_platform
 from pytest_vmsandbox.linux.process_identity import ProcessIdentity
 
@@ -111,17 +117,31 @@ def verify_socket_peer(
 ) -> None:
     """Return if the peer's uid is `expected_uid`; root is nobody special.
 
-    Raises SocketAuthError with both uids, `socket_path` and the peer's pid otherwise.
+    Raises SocketAuthError with both uids, `socket_path` and the peer's pid otherwise, and also
+    where that uid stands for every user that our user namespace does not know.
     """
     peer = get_peer_credentials(sock)
     if peer.uid != expected_uid:
-        expected, got = _describe_user(expected_uid), _describe_user(peer.uid)
+        raise _mismatch(expected_uid, peer.uid, peer_pid=peer.pid, socket_path=socket_path)
+    if current_platform().is_linux and stands_for_others(peer.uid):
         raise SocketAuthError(
-            f"Socket peer UID mismatch: expected {expected}, got {got}",
+            f"Socket peer UID {peer.uid} may be any user that our user namespace does not map",
             expected_uid,
             peer.uid,
             {"socket_path": socket_path, "peer_pid": peer.pid},
         )
+
+
+def _mismatch(
+    expected_uid: int, actual_uid: int, *, peer_pid: int | None, socket_path: str | None
+) -> SocketAuthError:
+    expected, got = _describe_user(expected_uid), _describe_user(actual_uid)
+    return SocketAuthError(
+        f"Socket peer UID mismatch: expected {expected}, got {got}",
+        expected_uid,
+        actual_uid,
+        {"socket_path": socket_path, "peer_pid": peer_pid},
+    )
 
 
 def _describe_user(uid: int) -> str:
@@ -144,15 +164,25 @@ def verify_machine_peer(
 
     The kernel's own handle of the peer (SO_PEERPIDFD) is compared with `pidfd`, which is ours of
     the VMM; where one of them is missing, pid and start time are. On macOS only the pid.
+    The credentials of a socket are those at its listen(2): on Linux the process must also have
+    `uid` as its effective uid still, where /proc shows that.
     Raises SocketAuthError when it is another one, or when that process is gone.
     """
     verify_socket_peer(sock, uid, socket_path)
     peer = get_peer_credentials(sock)
-    try:
+    uid_now = None
+
+    def compare() -> Difference | None:
         if current_platform().is_linux:
-            found = find_difference_linux(sock, peer_pid=peer.pid, identity=identity, pidfd=pidfd)
-        else:
-            found = find_difference_macos(sock, identity=identity)
+            return find_difference_linux(sock, peer_pid=peer.pid, identity=identity, pidfd=pidfd)
+        return find_difference_macos(sock, identity=identity)
+
+    try:
+        found = compare()
+        if current_platform().is_linux and not found:
+            uid_now = read_effective_uid(identity.pid)
+            # Again: had it ended in between, the uid may be that of a successor with its pid.
+            found = compare()
     except (OSError, ValueError, struct.error) as error:
         raise SocketAuthError(
             f"Socket peer process can't be looked at: {error}",
@@ -167,6 +197,8 @@ def verify_machine_peer(
             peer.uid,
             {"socket_path": socket_path, "peer_pid": peer.pid, "expected_pid": identity.pid},
         )
+    if uid_now not in {None, uid}:
+        raise _mismatch(uid, uid_now, peer_pid=peer.pid, socket_path=socket_path)
 
 
 # Connecting, and listening
