@@ -7,7 +7,25 @@ import sys
 from dataclasses import dataclass
 
 # uname(2)'s names of processors, where QEMU has another.
-_QEMU_ARCHITECTURES = {"arm64": "aarch64", "amd64": "x86_64"}
+_QEMU_ARCHITECTURES = {
+    "arm64": "aarch64",
+    "amd64": "x86_64",
+    "i686": "i386",
+    "armv7l": "arm",
+    "ppc64le": "ppc64",
+}
+
+# The Debian and Ubuntu packages with the QEMU of an architecture; of two, the first is of newer
+# distributions. Who is not here is in qemu-system-misc.
+_QEMU_PACKAGES = {
+    "x86_64": ("qemu-system-x86",),
+    "i386": ("qemu-system-x86",),
+    "aarch64": ("qemu-system-arm",),
+    "arm": ("qemu-system-arm",),
+    "ppc64": ("qemu-system-ppc",),
+    "s390x": ("qemu-system-s390x", "qemu-system-misc"),
+    "riscv64": ("qemu-system-riscv", "qemu-system-misc"),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +44,11 @@ class Platform:
     def qemu_program(self) -> str:
         """The QEMU that emulates this very processor."""
         return f"qemu-system-{self.machine}"
+
+    @property
+    def qemu_packages(self) -> tuple[str, ...]:
+        """The packages of Debian and Ubuntu that may have that QEMU, the likeliest first."""
+        return _QEMU_PACKAGES.get(self.machine, ("qemu-system-misc",))
 
 
 def current_platform() -> Platform:

@@ -7,20 +7,21 @@ performed by root, performed through sudo, or handed to an administrator.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 
 from pytest_vmsandbox.host.permissions import QEMU_VM_USER
 from pytest_vmsandbox.host.setup_record import RECORD, SetupRecord
 
-PACKAGES = ("qemu-system-x86", "acl", "sudo", "uidmap", "e2fsprogs", "nftables")
+# Beside QEMU's own, which the processor decides.
+PACKAGES = ("acl", "sudo", "uidmap", "e2fsprogs", "nftables")
 
 SUDOERS_FILE = "/etc/sudoers.d/vmsandbox"
 UDEV_FILE = "/etc/udev/rules.d/65-vmsandbox-kvm.rules"
 
 # In the user's GECOS field: by it we know the user that we made.
-_MADE_BY_US = "made by vmsandbox setup"
+MADE_BY_US = "made by vmsandbox setup"
 
 # With this a step's command says that something is not ours, and that it left it as it is.
 NOT_OURS_STATUS = 3
@@ -92,12 +93,15 @@ class Command:
 class Step:
     """One thing to do: a sentence, the commands, and the record that goes with it.
 
-    In a setup the record is written before the commands, in an undo after them.
+    In a setup the record is written before the commands, in an undo after them. `files` are those
+    that it writes or removes, with the SHA-256 that each may have by then ("": none, it must not
+    be there).
     """
 
     sentence: str
     commands: tuple[Command, ...]
     record: SetupRecord
+    files: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return self.sentence
@@ -157,29 +161,77 @@ def plan_setup(standing: Standing, *, user: str | None) -> tuple[Step, ...]:
 def plan_undo(record: SetupRecord) -> tuple[Step, ...]:
     """The steps that take back what the record says, last done first."""
     steps: list[Step] = []
-    if UDEV_FILE in record.files:
-        names = ",".join(f"u:{user}" for user in record.kvm_users)
-        closing = (_remove(UDEV_FILE, record), _script(_CLOSE_KVM, names))
-        record = replace(record, kvm_users=(), files=_without(record, UDEV_FILE))
-        sentence = f"remove {UDEV_FILE}, and {names} from /dev/kvm"
-        steps.append(Step(sentence=sentence, commands=closing, record=record))
-    if SUDOERS_FILE in record.files:
-        commands = (_remove(SUDOERS_FILE, record),)
-        record = replace(record, sudo_users=(), files=_without(record, SUDOERS_FILE))
-        sentence = f"remove {SUDOERS_FILE}"
-        steps.append(Step(sentence=sentence, commands=commands, record=record))
-    if record.made_user:
-        record = replace(record, made_user=False)
-        commands = (_script(_REMOVE_USER, QEMU_VM_USER, _MADE_BY_US),)
-        sentence = f"remove the user {QEMU_VM_USER}"
-        steps.append(Step(sentence=sentence, commands=commands, record=record))
-    if record.packages:
-        # dpkg refuses where somebody else's package needs one of them, and apt would remove that.
-        commands = (Command(argv=("dpkg", "--purge", *record.packages)),)
-        sentence = f"remove the packages {' '.join(record.packages)}"
-        record = replace(record, packages=())
-        steps.append(Step(sentence=sentence, commands=commands, record=record))
+    for undoing in UNDOINGS:
+        step = undoing(record)
+        if step is not None:
+            steps.append(step)
+            record = step.record
     return tuple(steps)
+
+
+def _close_kvm(record: SetupRecord) -> Step | None:
+    if UDEV_FILE not in record.files:
+        return None
+    names = ",".join(f"u:{user}" for user in record.kvm_users)
+    return Step(
+        sentence=f"remove {UDEV_FILE}, and {names} from /dev/kvm",
+        commands=(_remove(UDEV_FILE, record), _script(_CLOSE_KVM, names)),
+        record=replace(record, kvm_users=(), files=_without(record, UDEV_FILE)),
+        files={UDEV_FILE: record.files[UDEV_FILE]},
+    )
+
+
+def _forbid_sudo(record: SetupRecord) -> Step | None:
+    if SUDOERS_FILE not in record.files:
+        return None
+    return Step(
+        sentence=f"remove {SUDOERS_FILE}",
+        commands=(_remove(SUDOERS_FILE, record),),
+        record=replace(record, sudo_users=(), files=_without(record, SUDOERS_FILE)),
+        files={SUDOERS_FILE: record.files[SUDOERS_FILE]},
+    )
+
+
+def _remove_user(record: SetupRecord) -> Step | None:
+    if not record.made_user:
+        return None
+    return Step(
+        sentence=f"remove the user {QEMU_VM_USER}",
+        commands=(_script(_REMOVE_USER, QEMU_VM_USER, MADE_BY_US),),
+        record=replace(record, made_user=False),
+    )
+
+
+def _remove_packages(record: SetupRecord) -> Step | None:
+    if not record.packages:
+        return None
+    return Step(
+        sentence=f"remove the packages {' '.join(record.packages)}",
+        # dpkg refuses where somebody else's package needs one of them, and apt would remove that.
+        commands=(Command(argv=("dpkg", "--purge", *record.packages)),),
+        record=replace(record, packages=()),
+    )
+
+
+# Each takes back one thing that the record says, where it says it; last done first.
+UNDOINGS: tuple[Callable[[SetupRecord], Step | None], ...] = (
+    *(_close_kvm, _forbid_sudo, _remove_user, _remove_packages),
+)
+
+
+def record_after_failure(
+    before: SetupRecord, step: Step, *, left_alone: bool, on_host: Callable[[str], bool]
+) -> SetupRecord:
+    """What is to be on record after a step of a setup failed: no more than may have been done.
+
+    Nothing of a step that left what it met as it was. Of packages, those on the host now: they
+    were not when the step was planned.
+    """
+    if left_alone:
+        return before
+    added = [name for name in step.record.packages if name not in before.packages]
+    brought = tuple(name for name in added if on_host(name))
+    return replace(step.record, packages=(*before.packages, *brought))
 
 
 def render_sudoers(users: Sequence[str]) -> str:
@@ -220,7 +272,7 @@ def _make_user(record: SetupRecord) -> Step:
     argv = (
         *("useradd", "--system", "--user-group", "--no-create-home"),
         *("--home-dir", "/nonexistent", "--shell", "/usr/sbin/nologin"),
-        *("--comment", _MADE_BY_US, QEMU_VM_USER),
+        *("--comment", MADE_BY_US, QEMU_VM_USER),
     )
     sentence = f"make the system user {QEMU_VM_USER}, without shell or home"
     return Step(sentence=sentence, commands=(Command(argv=argv),), record=record)
@@ -230,7 +282,7 @@ def _allow_sudo(user: str, content: str, *, known: str, record: SetupRecord) -> 
     accepted_by = ("visudo", "-q", "-c", "-f")
     command = _script(_WRITE, SUDOERS_FILE, known, "0440", *accepted_by, stdin=content)
     sentence = f"let {user} run commands as {QEMU_VM_USER}: {SUDOERS_FILE}"
-    return Step(sentence=sentence, commands=(command,), record=record)
+    return Step(sentence=sentence, commands=(command,), record=record, files={SUDOERS_FILE: known})
 
 
 def _open_kvm(users: Sequence[str], content: str, *, known: str, record: SetupRecord) -> Step:
@@ -239,7 +291,7 @@ def _open_kvm(users: Sequence[str], content: str, *, known: str, record: SetupRe
         _script(_OPEN_KVM, _entries(users)),
     )
     sentence = f"let {' and '.join(users)} open /dev/kvm: {UDEV_FILE}"
-    return Step(sentence=sentence, commands=commands, record=record)
+    return Step(sentence=sentence, commands=commands, record=record, files={UDEV_FILE: known})
 
 
 def _remove(path: str, record: SetupRecord) -> Command:

@@ -48,12 +48,16 @@ class SetupRecord:
 
 
 def read_setup_record(path: Path = RECORD) -> SetupRecord:
-    """The record, empty where there is no file; ValueError where it is not a record."""
+    """The record, empty where there is no file.
+
+    OSError where it can't be read, ValueError where it is not a record; both name the path.
+    """
     try:
-        text = path.read_text(encoding="utf-8")
+        return parse_setup_record(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return SetupRecord()
-    return parse_setup_record(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def parse_setup_record(text: str) -> SetupRecord:

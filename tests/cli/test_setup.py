@@ -19,9 +19,11 @@ import pytest
 
 import pytest_vmsandbox
 from pytest_vmsandbox.cli import setup
+from pytest_vmsandbox.host.platform import current_platform
 from pytest_vmsandbox.host.setup_plan import PACKAGES, SUDOERS_FILE, UDEV_FILE, Command, Step
 from pytest_vmsandbox.host.setup_record import RECORD, SetupRecord
 
+ALL_PACKAGES = (*current_platform().qemu_packages[-1:], *PACKAGES)
 CHECKOUT = Path(pytest_vmsandbox.__file__).parents[1]
 SCRIPT = (
     "import argparse, sys; from pytest_vmsandbox.cli import setup; p = argparse.ArgumentParser(); "
@@ -91,6 +93,10 @@ class Copy:
     def setup(self, *words: str) -> Done:
         return self.run(sys.executable, "-c", SCRIPT, *words)
 
+    def record(self) -> dict[str, object]:
+        form: dict[str, object] = json.loads(self.path(RECORD).read_bytes())
+        return form
+
     def has_user(self, name: str) -> bool:
         return self.run("getent", "passwd", name).returncode == 0
 
@@ -121,7 +127,7 @@ def raw_copy() -> Iterator[Copy]:
 @pytest.fixture
 def copy() -> Iterator[Copy]:
     """The same where dpkg believes that all packages are there, which saves their installing."""
-    missing = [name for name in PACKAGES if not setup._has_package(name)]
+    missing = [name for name in ALL_PACKAGES if not setup._has_package(name)]
     with held_copy(packages_there=missing) as copy:
         yield copy
 
@@ -161,7 +167,9 @@ def test_a_setup_is_said_done_repeated_and_taken_back_without_a_trace(raw_copy: 
     as_root = raw_copy.run(*AS_USER, "sudo", "-n", "true")
     made = raw_copy.run("getent", "passwd", "qemu-vm").stdout.strip().split(":")
     mode = raw_copy.path(SUDOERS_FILE).stat().st_mode & 0o777
-    installed = raw_copy.run("dpkg-query", "-W", "-f", "${Status}\n", *PACKAGES).stdout.splitlines()
+    installed = raw_copy.run(
+        "dpkg-query", "-W", "-f", "${Status}\n", *ALL_PACKAGES
+    ).stdout.splitlines()
     undone = raw_copy.setup("--undo")
     undone_again = raw_copy.setup("--undo")
 
@@ -172,7 +180,7 @@ def test_a_setup_is_said_done_repeated_and_taken_back_without_a_trace(raw_copy: 
     steps = [line.removesuffix(" ...") for line in done.stdout.splitlines()]
     assert steps == [line.removeprefix("would ") for line in dry.stdout.splitlines()]
     assert changed != before
-    assert installed == ["install ok installed"] * len(PACKAGES)
+    assert installed == ["install ok installed"] * len(ALL_PACKAGES)
     assert made[5:] == ["/nonexistent", "/usr/sbin/nologin"]
     assert mode == 0o440
     assert as_qemu_vm.stdout == "qemu-vm\n"
@@ -220,15 +228,183 @@ def test_a_file_that_was_changed_since_stays_and_the_rest_is_undone(copy: Copy) 
     with copy.path(SUDOERS_FILE).open("a") as file:
         file.write("# and a line of theirs\n")
 
+    dry = copy.setup("--undo", "--dry-run")
     undone = copy.setup("--undo")
 
     assert done.returncode == 0
+    assert dry.returncode == 1
+    assert f"would fail: {SUDOERS_FILE} is not what" in dry.stderr
     assert undone.returncode == 1
     assert "left as it is" in undone.stderr
     assert "theirs" in copy.path(SUDOERS_FILE).read_text()
     assert not copy.has_user("qemu-vm")
     assert not copy.path(UDEV_FILE).exists()
+    kept = copy.record()
+    assert isinstance(kept["files"], dict)
+    assert list(kept["files"]) == [SUDOERS_FILE]
+    assert kept["sudo_users"] == [USER]
+    assert kept["made_user"] is False
+    assert copy.setup("--undo").returncode == 1
+
+    copy.path(SUDOERS_FILE).unlink()
+
+    assert copy.setup("--undo").returncode == 0
     assert not copy.path(RECORD).exists()
+
+
+@takes_root
+def test_a_user_that_was_made_anew_since_stays_and_stays_on_record(copy: Copy) -> None:
+    copy.setup("--user", USER)
+    copy.run("usermod", "--comment", "made by somebody else", "qemu-vm")
+
+    dry = copy.setup("--undo", "--dry-run")
+    undone = copy.setup("--undo")
+
+    assert (dry.returncode, undone.returncode) == (1, 1)
+    assert "user qemu-vm was not made by vmsandbox setup" in dry.stderr
+    assert copy.has_user("qemu-vm")
+    assert copy.record() == json.loads(SetupRecord(made_user=True).to_json())
+
+
+# A dpkg that misses one package, and an apt that installs what that takes and then fails.
+STUBS = {
+    "dpkg-query": """
+for name; do :; done
+case $name in
+  uidmap|libsubid4) [ ! -e "${0%/*}/$name" ] || printf installed ;;
+  *) printf installed ;;
+esac
+""",
+    "apt-get": """
+case "$*" in
+  *--simulate*) printf 'Inst libsubid4 (1)\\nInst uidmap (1)\\nInst sudo [1] (2)\\n' ;;
+  *) touch "${0%/*}/libsubid4"; echo "E: half-way" >&2; exit 100 ;;
+esac
+""",
+}
+
+
+def with_stubs(copy: Copy, stubs: dict[str, str], *words: str, path: str | None = None) -> Done:
+    """A setup that finds these programs first, or with `path` these and what is there."""
+    folder = copy.path("/var/stubs")
+    folder.mkdir(exist_ok=True)
+    for name, text in stubs.items():
+        (folder / name).write_text(f"#!/bin/sh{text}")
+        (folder / name).chmod(0o755)
+    places = f"/var/stubs:{os.environ['PATH'] if path is None else path}"
+    return copy.run("env", f"PATH={places}", sys.executable, "-c", SCRIPT, *words)
+
+
+@takes_root
+def test_of_an_install_that_failed_only_what_it_installed_is_on_record(copy: Copy) -> None:
+    done = with_stubs(copy, STUBS, "--user", USER)
+
+    assert done.returncode == 1
+    assert "E: half-way" in done.stderr
+    assert "failed: install the packages uidmap" in done.stderr
+    assert copy.record()["packages"] == ["libsubid4"]
+    assert not copy.has_user("qemu-vm")
+
+
+@takes_root
+def test_an_install_that_failed_at_once_leaves_no_record(copy: Copy) -> None:
+    at_once = STUBS["apt-get"].replace('touch "${0%/*}/libsubid4"; ', "")
+
+    done = with_stubs(copy, {**STUBS, "apt-get": at_once}, "--user", USER)
+
+    assert done.returncode == 1
+    assert not copy.path(RECORD).exists()
+
+
+@takes_root
+@pytest.mark.parametrize("words", [("--dry-run",), ()])
+def test_packages_that_apt_does_not_know_are_told_in_its_words(
+    copy: Copy, words: tuple[str, ...]
+) -> None:
+    unknowing = {**STUBS, "apt-get": "\necho 'E: Unable to locate package uidmap' >&2; exit 100\n"}
+
+    done = with_stubs(copy, unknowing, "--user", USER, *words)
+
+    assert done.returncode == 1
+    assert "apt-get can't install uidmap: E: Unable to locate package uidmap" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not copy.path(RECORD).exists()
+
+
+@takes_root
+@pytest.mark.parametrize("words", [("--dry-run",), ()])
+def test_a_host_without_a_program_that_a_step_takes_is_told(
+    copy: Copy, words: tuple[str, ...]
+) -> None:
+    # useradd lies in /usr/sbin, where it is taken from this copy.
+    copy.run("sh", "-c", 'rm "$(command -v useradd)"')
+
+    done = copy.setup("--user", USER, *words)
+
+    assert done.returncode == 1
+    assert "useradd" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@takes_root
+@pytest.mark.parametrize("words", [("--dry-run",), ()])
+def test_a_host_without_dpkg_that_lacks_packages_is_told_which(
+    copy: Copy, words: tuple[str, ...]
+) -> None:
+    copy.run("sh", "-c", 'rm "$(command -v dpkg-query)" "$(command -v apt-get)" /usr/sbin/nft')
+
+    done = copy.setup("--user", USER, *words)
+
+    assert done.returncode == 1
+    assert "install these yourself:" in done.stdout
+    assert "nftables" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+@takes_root
+@pytest.mark.parametrize("words", [("--dry-run",), ("--undo", "--dry-run"), ("--undo",), ()])
+@pytest.mark.parametrize("content", [None, "", "[" * 100_000, "1"])
+def test_a_record_that_cannot_be_read_stops_a_setup_with_its_path(
+    copy: Copy, words: tuple[str, ...], content: str | None
+) -> None:
+    record = copy.path(RECORD)
+    if content is None:
+        record.mkdir(parents=True)
+    else:
+        record.parent.mkdir(parents=True)
+        record.write_text(content)
+
+    done = copy.setup(*words)
+
+    assert done.returncode == 1
+    assert str(RECORD) in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not copy.has_user("qemu-vm")
+
+
+@takes_root
+def test_a_dry_run_ends_as_the_real_one_would(copy: Copy) -> None:
+    copy.path(SUDOERS_FILE).write_text("# theirs\n")
+
+    dry = copy.setup("--dry-run", "--user", USER)
+    as_user = copy.run(*AS_USER, sys.executable, "-c", SCRIPT, "--dry-run")
+
+    assert dry.returncode == 1
+    assert f"would fail: {SUDOERS_FILE} is not what vmsandbox setup wrote" in dry.stderr
+    if "ModuleNotFoundError" in as_user.stderr or "Permission denied" in as_user.stderr:
+        pytest.skip("an ordinary user can't reach this checkout or its interpreter")
+    assert as_user.returncode == 1
+    assert "would fail: this takes root" in as_user.stderr
+
+
+@takes_root
+def test_a_uid_without_a_name_is_told_to_give_one(copy: Copy) -> None:
+    done = copy.run("setpriv", "--reuid=54321", "--", sys.executable, "-c", SCRIPT, "--dry-run")
+
+    if "ModuleNotFoundError" in done.stderr or "Permission denied" in done.stderr:
+        pytest.skip("an ordinary user can't reach this checkout or its interpreter")
+    assert done.returncode == 2
+    assert "uid 54321 has no name on this host" in done.stderr
 
 
 @takes_root

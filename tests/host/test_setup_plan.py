@@ -13,10 +13,12 @@ from pytest_vmsandbox.host import setup_plan
 from pytest_vmsandbox.host.setup_plan import (
     SUDOERS_FILE,
     UDEV_FILE,
+    UNDOINGS,
     Standing,
     command_to_record,
     plan_setup,
     plan_undo,
+    record_after_failure,
     render_sudoers,
     render_udev_rule,
 )
@@ -26,6 +28,7 @@ from pytest_vmsandbox.host.setup_record import (
     read_setup_record,
 )
 
+FIELDS = [field.name for field in dataclasses.fields(SetupRecord)]
 RAW = Standing(missing_packages=("acl",), installing=("acl", "libacl1"), has_kvm=True)
 
 
@@ -95,6 +98,47 @@ def test_an_undo_takes_back_what_is_on_record_last_first() -> None:
     assert [str(step).split()[1] for step in plan] == [f"{UDEV_FILE},", SUDOERS_FILE, "the", "the"]
     assert [step.record.empty for step in plan] == [False, False, False, True]
     assert plan_undo(SetupRecord()) == ()
+
+
+def test_an_undoing_takes_back_one_thing_of_the_record_and_no_more() -> None:
+    record = stand_after(RAW, user="alice").record
+
+    steps = [step for undoing in UNDOINGS if (step := undoing(record))]
+
+    assert len(steps) == len(UNDOINGS)
+    for step in steps:
+        kept = [name for name in FIELDS if getattr(step.record, name) == getattr(record, name)]
+        lost = set(FIELDS) - set(kept)
+        assert lost in (
+            {"files", "kvm_users"},
+            {"files", "sudo_users"},
+            {"made_user"},
+            {"packages"},
+        )
+    assert all(undoing(SetupRecord()) is None for undoing in UNDOINGS)
+
+
+@pytest.mark.parametrize("on_host", [(), ("libacl1",), ("acl", "libacl1")])
+def test_after_a_failed_install_only_what_it_brought_is_on_record(on_host: tuple[str, ...]) -> None:
+    before = SetupRecord(packages=("older",))
+    (install, *_) = plan_setup(dataclasses.replace(RAW, record=before), user=None)
+
+    kept = record_after_failure(before, install, left_alone=False, on_host=on_host.__contains__)
+
+    assert kept == SetupRecord(packages=("older", *on_host))
+
+
+def test_after_a_step_that_left_things_alone_the_record_is_as_before() -> None:
+    before = SetupRecord()
+    make_user = plan_setup(RAW, user=None)[1]
+
+    def kept(*, left_alone: bool) -> SetupRecord:
+        return record_after_failure(
+            before, make_user, left_alone=left_alone, on_host=lambda _: False
+        )
+
+    assert kept(left_alone=True) == before
+    assert kept(left_alone=False) == SetupRecord(made_user=True)
 
 
 def test_the_sudoers_lines_let_users_become_qemu_vm_and_nobody_else() -> None:

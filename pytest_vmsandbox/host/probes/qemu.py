@@ -11,7 +11,6 @@ from pytest_vmsandbox.host.facts import Capability, Fact, QemuBuild, Verdict, fa
 from pytest_vmsandbox.host.program import Outcome
 from pytest_vmsandbox.host.trial import Trial, failed
 
-_REMEDY = "vmsandbox setup (apt-get install qemu-system-x86)"
 _SANDBOX = ["-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"]
 _ASK = ["-M", "none", "-nodefaults", "-no-user-config", "-display", "none", "-qmp", "stdio"]
 
@@ -27,9 +26,11 @@ _QUESTIONS: tuple[dict[str, object], ...] = (
 async def probe_qemu(trial: Trial) -> tuple[Fact, QemuBuild | None]:
     """The fact, and the QEMU where there is one; seccomp is tried, and lived without."""
     program = trial.find(trial.platform.qemu_program)
+    packages = " or ".join(trial.platform.qemu_packages)
+    remedy = f"vmsandbox setup (apt-get install {packages})"
     if program is None:
         evidence = f"no {trial.platform.qemu_program} on the PATH"
-        missing = fact_of(Capability.QEMU, Verdict.MISSING, evidence=evidence, remedy=_REMEDY)
+        missing = fact_of(Capability.QEMU, Verdict.MISSING, evidence=evidence, remedy=remedy)
         return missing, None
     deadline = trial.begin()
     outcome = await _ask(trial, [str(program), *_ASK, *_SANDBOX], deadline)
@@ -38,7 +39,7 @@ async def probe_qemu(trial: Trial) -> tuple[Fact, QemuBuild | None]:
         outcome = await _ask(trial, [str(program), *_ASK], deadline)
         build = _build_of(program, outcome, sandbox=False)
     if build is None:
-        return failed(Capability.QEMU, outcome, remedy=_REMEDY), None
+        return failed(Capability.QEMU, outcome, remedy=remedy), None
     walls = "seccomp" if build.sandbox else "no seccomp"
     evidence = f"QEMU {build.version} at {build.path} ({', '.join(build.accelerators)}; {walls})"
     return fact_of(Capability.QEMU, Verdict.OK, evidence=evidence), build
