@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -26,24 +27,31 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand and return its exit status.
 
-    2 for a usage that is wrong, 125 when the host or a machine failed us, 126 or 127 when a
-    command can't be started in the guest, 130 after Ctrl-C.
+    2 for a usage that is wrong, 125 when the host or a machine failed us, 130 after Ctrl-C;
+    `run` knows more of them.
     """
+    _fill_closed_streams()
     words, behind_dashes = _split(sys.argv[1:] if argv is None else argv)
     arguments = _parser(words).parse_args(words)
     arguments.behind_dashes = behind_dashes
     try:
         status: int = arguments.perform(arguments)
-    except VmSandboxError as error:
+    except (VmSandboxError, OSError) as error:
         print(f"vmsandbox: {error}", file=sys.stderr)  # noqa: T201  # a command line talks
         return UNFIT
-    except OSError as error:
-        # A command that can't be started: 127 where there is none, else 126, as shells say it.
-        print(f"vmsandbox: {error}", file=sys.stderr)  # noqa: T201
-        return 127 if isinstance(error, FileNotFoundError) else 126
     except KeyboardInterrupt:
         return INTERRUPTED
     return status
+
+
+def _fill_closed_streams() -> None:
+    """Make /dev/null of a stdin, stdout or stderr that we were started without.
+
+    The next file that is opened would get its number, and be read or written in its place.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # that is how Python says that it was closed
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115, PTH123  # to the very end
 
 
 def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -16,6 +17,15 @@ from pytest_vmsandbox.machine.controller import MachineController
 from pytest_vmsandbox.machine.engine import Engine
 from pytest_vmsandbox.machine.spec import MachineSpec
 from pytest_vmsandbox.machine.worker import Worker, WorkerSettings
+
+# Exit statuses, as shells use them.
+NOT_EXECUTABLE = 126
+NOT_FOUND = 127
+OUTPUT_CLOSED = 128 + 13  # as if SIGPIPE had ended us
+
+
+class OutputClosedError(Exception):
+    """Whoever read our output reads no more."""
 
 
 def add_cache_argument(parser: argparse.ArgumentParser) -> None:
@@ -57,3 +67,19 @@ def open_machine(arguments: argparse.Namespace) -> Iterator[tuple[MachineControl
                 yield controller, worker.engine
             finally:
                 worker.engine.run(worker.end([controller]))
+
+
+def report_not_started(error: OSError) -> int:
+    """Say why a command could not be started in the guest; returns our exit status for it."""
+    print(f"vmsandbox: {error}", file=sys.stderr)  # noqa: T201  # a command line talks
+    return NOT_FOUND if isinstance(error, FileNotFoundError) else NOT_EXECUTABLE
+
+
+def write_all(descriptor: int, data: bytes) -> None:
+    """Write all of it to our stdout or stderr; OutputClosedError when nobody reads it."""
+    view = memoryview(data)
+    try:
+        while view:
+            view = view[os.write(descriptor, view) :]
+    except BrokenPipeError:
+        raise OutputClosedError from None

@@ -9,8 +9,15 @@ import sys
 import threading
 from contextlib import suppress
 
-from pytest_vmsandbox.cli.common import add_machine_arguments, open_machine
-from pytest_vmsandbox.errors import RequestInvalid
+from pytest_vmsandbox.cli.common import (
+    OUTPUT_CLOSED,
+    OutputClosedError,
+    add_machine_arguments,
+    open_machine,
+    report_not_started,
+    write_all,
+)
+from pytest_vmsandbox.errors import RequestInvalid, VmSandboxError
 from pytest_vmsandbox.guest.streams import ReadStream, WriteStream
 from pytest_vmsandbox.machine.controller import MachineController
 
@@ -25,16 +32,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run it; its stdin, stdout, stderr and exit status are ours, 128+N for signal N."""
+    """Run it; its stdin, stdout, stderr and exit status are ours, 128+N for signal N.
+
+    127 when there is no such command in the guest, 126 when it can't be started, 141 when
+    nobody reads our output any more.
+    """
     if not arguments.behind_dashes:
         raise RequestInvalid("there is no command", "vmsandbox run [IMAGE] -- COMMAND")
-    with open_machine(arguments) as (controller, engine):
-        status = engine.run(_attached(controller, arguments.behind_dashes))
+    os.read(sys.stdin.fileno(), 0)  # what can't be read is refused before anything boots
+    try:
+        with open_machine(arguments) as (controller, engine):
+            status = engine.run(_attached(controller, arguments.behind_dashes))
+    except OutputClosedError:
+        return OUTPUT_CLOSED
     return status if status >= 0 else 128 - status
 
 
 async def _attached(controller: MachineController, command: list[str]) -> int:
-    process = await controller.popen(command)
+    try:
+        process = await controller.popen(command)
+    except VmSandboxError:  # some are OSErrors too
+        raise
+    except OSError as error:
+        return report_not_started(error)
     feeding = asyncio.create_task(_feed(process.stdin))
     try:
         await asyncio.gather(
@@ -47,7 +67,7 @@ async def _attached(controller: MachineController, command: list[str]) -> int:
 
 async def _copy(source: ReadStream | None, target: int) -> None:
     while source is not None and (data := await source.read(CHUNK)):
-        await asyncio.to_thread(_write_all, target, data)
+        await asyncio.to_thread(write_all, target, data)
 
 
 async def _feed(stdin: WriteStream | None) -> None:
@@ -69,12 +89,9 @@ def _read_all(loop: asyncio.AbstractEventLoop, chunks: asyncio.Queue[bytes]) -> 
     """Read until the end in a thread of its own: a terminal or a pipe can't be polled alike."""
     data = b"more"
     while data:
-        data = os.read(sys.stdin.fileno(), CHUNK)
+        try:
+            data = os.read(sys.stdin.fileno(), CHUNK)
+        except OSError:  # a terminal that hung up: there is no more
+            data = b""
         with suppress(RuntimeError):  # the loop ended with the command
             asyncio.run_coroutine_threadsafe(chunks.put(data), loop).result()
-
-
-def _write_all(descriptor: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(descriptor, view) :]

@@ -12,7 +12,13 @@ import tty
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from pytest_vmsandbox.cli.common import add_machine_arguments, open_machine
+from pytest_vmsandbox.cli.common import (
+    OUTPUT_CLOSED,
+    OutputClosedError,
+    add_machine_arguments,
+    open_machine,
+    write_all,
+)
 from pytest_vmsandbox.errors import RequestInvalid
 from pytest_vmsandbox.guest.process import GuestProcess
 from pytest_vmsandbox.machine.controller import MachineController
@@ -32,8 +38,11 @@ def run(arguments: argparse.Namespace) -> int:
         raise RequestInvalid(
             "stdin is no terminal", "for a command without one: vmsandbox run -- COMMAND"
         )
-    with open_machine(arguments) as (controller, engine), _raw_terminal(sys.stdin.fileno()):
-        status = engine.run(_talk(controller))
+    try:
+        with open_machine(arguments) as (controller, engine), _raw_terminal(sys.stdin.fileno()):
+            status = engine.run(_talk(controller))
+    except OutputClosedError:
+        return OUTPUT_CLOSED
     return status if status >= 0 else 128 - status
 
 
@@ -43,7 +52,7 @@ async def _talk(controller: MachineController) -> int:
     tasks = [asyncio.create_task(_type(shell)), asyncio.create_task(_follow_size(shell))]
     try:
         while shell.stdout is not None and (data := await shell.stdout.read(CHUNK)):
-            os.write(sys.stdout.fileno(), data)
+            write_all(sys.stdout.fileno(), data)
         return await shell.wait()
     finally:
         for task in tasks:

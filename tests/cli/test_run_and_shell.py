@@ -7,6 +7,7 @@ import pty
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -34,6 +35,77 @@ def test_a_signal_is_128_and_its_number_and_the_shape_is_ours_to_choose() -> Non
     )
 
     assert (done.returncode, done.stdout) == (137, b"2\n")
+
+
+@pytest.mark.machine
+@pytest.mark.parametrize(
+    ("command", "status"), [("/no/such/command", 127), ("/etc/passwd", 126), ("/", 126)]
+)
+def test_a_command_that_can_not_be_started_is_127_or_126(command: str, status: int) -> None:
+    done = _run("run", "--", command)
+
+    assert (done.returncode, done.stdout) == (status, b"")
+    assert command.encode() in done.stderr
+
+
+@pytest.mark.machine
+def test_a_reader_that_has_enough_ends_us_quietly_with_141() -> None:
+    run = subprocess.Popen(
+        [*VMSANDBOX, "run", "--", "sh", "-c", "yes; echo unreached >&2"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert run.stdout is not None
+    assert run.stdout.readline() == b"y\n"
+    run.stdout.close()
+    run.stdout = None  # communicate() would read it
+    _, complaints = run.communicate(timeout=120)
+
+    assert run.returncode == 141
+    assert b"ipe" not in complaints
+    assert b"Traceback" not in complaints
+
+
+@pytest.mark.machine
+def test_a_closed_stdin_is_an_empty_one_and_other_closed_streams_are_nowhere() -> None:
+    words = " ".join([*VMSANDBOX, "run", "--", "sh", "-c", "'cat; echo over; exit 3'"])
+    without_stdin = subprocess.run(
+        ["sh", "-c", f"exec {words} 0<&-"], capture_output=True, timeout=240, check=False
+    )
+    without_any = subprocess.run(
+        ["sh", "-c", f"exec {words} 0<&- 1>&- 2>&-"], timeout=240, check=False
+    )
+
+    assert (without_stdin.returncode, without_stdin.stdout) == (3, b"over\n")
+    assert b"Traceback" not in without_stdin.stderr
+    assert without_any.returncode == 3
+
+
+def test_a_stdin_that_can_not_be_read_is_refused_before_anything_boots(tmp_path: Path) -> None:
+    write_only = os.open(tmp_path / "out", os.O_WRONLY | os.O_CREAT)
+    try:
+        done = subprocess.run(
+            [*VMSANDBOX, "run", "--", "cat"],
+            stdin=write_only,
+            capture_output=True,
+            timeout=60,
+            check=False,
+        )
+    finally:
+        os.close(write_only)
+
+    assert done.returncode == 125
+    assert b"Bad file descriptor" in done.stderr
+
+
+def test_an_error_of_the_host_is_125(tmp_path: Path) -> None:
+    """No status of the guest's command, whatever errno it has."""
+    (tmp_path / "file").touch()
+    done = _run("image", "--cache-dir", str(tmp_path / "file" / "below"), "build")
+
+    assert done.returncode == 125
+    assert b"Not a directory" in done.stderr
 
 
 @pytest.mark.machine

@@ -29,7 +29,7 @@ _MANY_RUNS = """
 import sys
 from pathlib import Path
 from pytest_vmsandbox.lease.run_directory import open_run_directory
-for _ in range(60):
+for _ in range(30):
     with open_run_directory(Path(sys.argv[1]), worker="gw1") as directory:
         (directory.machine_directory("m1") / "console.log").write_text("boot")
 """
@@ -101,7 +101,7 @@ def test_runs_that_begin_and_end_at_the_same_time_do_not_trip_each_other(base: P
         subprocess.Popen(
             [sys.executable, "-c", _MANY_RUNS, str(base)], stderr=subprocess.PIPE, text=True
         )
-        for _ in range(8)
+        for _ in range(6)
     ]
     complaints = [run.communicate()[1] for run in runs]
 
