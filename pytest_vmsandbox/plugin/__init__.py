@@ -15,7 +15,7 @@ from pytest_vmsandbox.plugin.fixtures import (
 from pytest_vmsandbox.plugin.hooks import (
     pytest_addoption,
     pytest_configure,
-    pytest_pycollect_makeitem,
+    pytest_make_collect_report,
     pytest_report_collectionfinish,
     pytest_runtest_call,
     pytest_runtest_makereport,
@@ -30,7 +30,7 @@ __all__ = [
     "async_vm_factory",
     "pytest_addoption",
     "pytest_configure",
-    "pytest_pycollect_makeitem",
+    "pytest_make_collect_report",
     "pytest_report_collectionfinish",
     "pytest_runtest_call",
     "pytest_runtest_makereport",

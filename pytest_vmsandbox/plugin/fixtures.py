@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, Protocol, Self, overload
 
 import pytest
 
+from pytest_vmsandbox.plugin.holding import Held, hold
 from pytest_vmsandbox.plugin.markers import spec_of
-from pytest_vmsandbox.plugin.session import MACHINES, SETTINGS, base_spec, worker_of
+from pytest_vmsandbox.plugin.session import SETTINGS, base_spec, worker_of
 
 if TYPE_CHECKING:
     from pytest_vmsandbox.host.facts import HostFacts
@@ -159,16 +160,19 @@ class _Machines:
 
     def __init__(self, request: pytest.FixtureRequest) -> None:
         self._worker = worker_of(request.config)
-        self._known = request.node.stash.setdefault(MACHINES, [])
-        self._ours: list[MachineController] = []
+        self._node: pytest.Item | pytest.Collector = request.node
+        self._fixture = request.fixturename or ""
+        self._held: list[Held] = []
         self.engine = self._worker.engine
 
     async def start(self, specs: Sequence[MachineSpec]) -> list[MachineController]:
         # Known before they are started, on the engine's thread: neither a boot that fails nor
         # an interrupted test loses sight of a machine.
         made = await self._worker.make(specs)
-        self._ours.extend(made)
-        self._known.extend(made)
+        for machine in made:
+            held = Held(machine=machine, fixture=self._fixture)
+            self._held.append(held)
+            hold(self._node, held)
         await self._worker.boot(made)
         return made
 
@@ -176,4 +180,6 @@ class _Machines:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.engine.run(self._worker.end(self._ours))
+        for held in self._held:
+            held.ended = True
+        self.engine.run(self._worker.end([held.machine for held in self._held]))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Generator
+from typing import TYPE_CHECKING
 
 import pytest
 
 from pytest_vmsandbox.errors import HostUnfit, RequestInvalid
 from pytest_vmsandbox.plugin.expectations import guests_ending_as_expected
+from pytest_vmsandbox.plugin.holding import begin, forget_ended, machines_of
 from pytest_vmsandbox.plugin.markers import (
     MARKERS,
     capabilities_of,
@@ -19,12 +19,17 @@ from pytest_vmsandbox.plugin.options import add_options, read_settings
 from pytest_vmsandbox.plugin.report import (
     add_evidence,
     describe_host,
+    forget_failure,
     keep_artifacts,
-    mark_consoles,
     record_machines,
     summarize,
 )
-from pytest_vmsandbox.plugin.session import SETTINGS, machines_of, started_worker, worker_of
+from pytest_vmsandbox.plugin.session import SETTINGS, started_worker, worker_of
+from pytest_vmsandbox.plugin.skips import skipping_what_is_unfit
+from pytest_vmsandbox.plugin.testcases import TestCaseOutcomes
+
+if TYPE_CHECKING:
+    from pytest_vmsandbox.machine.worker import Worker
 
 FIXTURES = frozenset(
     {"vm", "async_vm", "vm_factory", "async_vm_factory", "vm_module", "vm_session", "vm_host"}
@@ -43,41 +48,48 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Read the options, so that a wrong one ends the run before it begins; declare the markers."""
     config.stash[SETTINGS] = read_settings(config)
+    config.pluginmanager.register(TestCaseOutcomes(), "vmsandbox-testcases")
     for line in MARKERS:
         config.addinivalue_line("markers", line)
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_pycollect_makeitem() -> Generator[None, Any, Any]:
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
     """Check the markers of each test as it is collected: a wrong one is an error there."""
-    made = yield
-    for item in made if isinstance(made, list) else ():
-        if isinstance(item, pytest.Function):
-            _checked(item)
-    return made
+    report = yield
+    errors = [
+        error
+        for item in report.result or ()
+        if isinstance(item, pytest.Item) and (error := _marker_error(item))
+    ]
+    if errors:
+        report.outcome, report.result = "failed", []
+        report.longrepr = "\n".join(errors)
+    return report
 
 
 def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Item]) -> list[str]:
     """Say which acceleration and tier the machines get and why, where a test asks for one."""
-    if not any(_needs_machine(item) for item in items):
+    if config.option.collectonly or not any(_needs_machine(item) for item in items):
         return []
-    return describe_host(worker_of(config).facts)
+    return _host_lines(worker_of(config))
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_setup(item: pytest.Item) -> Generator[None, None, None]:
-    """Skip what this host can't run; note where the consoles of shared machines stand."""
-    with _skipping_what_is_unfit(item):
+    """Note how shared machines stand as the test begins; skip what this host can't run."""
+    begin(item)
+    forget_failure(item)
+    with skipping_what_is_unfit(item):
         for capability in capabilities_of(item):
             worker_of(item.config).facts.require(capability)
-        mark_consoles(item)
         return (yield)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
     """Hold what became of the guests against what the test expects."""
-    with _skipping_what_is_unfit(item), guests_ending_as_expected(item):
+    with skipping_what_is_unfit(item), guests_ending_as_expected(item):
         return (yield)
 
 
@@ -92,6 +104,8 @@ def pytest_runtest_makereport(
         if report.failed:
             add_evidence(report, item, machines)
         keep_artifacts(item, report, machines)
+    if report.when == "teardown":
+        forget_ended(item)
     return report
 
 
@@ -100,7 +114,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     """Tell the controller (xdist) what this worker's host can do."""
     output = getattr(session.config, "workeroutput", None)
     if output is not None and (worker := started_worker(session.config)):
-        output[HOST_LINES] = describe_host(worker.facts)
+        output[HOST_LINES] = _host_lines(worker)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -126,31 +140,22 @@ def pytest_terminal_summary(
             terminalreporter.write_line(line)
 
 
-@contextmanager
-def _skipping_what_is_unfit(item: pytest.Item) -> Iterator[None]:
-    """Turn HostUnfit into a skip, but where `--vm-require` wants a failure."""
+def _host_lines(worker: Worker) -> list[str]:
     try:
-        yield
+        return describe_host(worker.facts)
     except HostUnfit as unfit:
-        if _is_required(unfit, item.config.stash[SETTINGS].require):
-            raise
-        raise pytest.skip.Exception(str(unfit), _use_item_location=True) from unfit
-
-
-def _is_required(unfit: HostUnfit, required: frozenset[str]) -> bool:
-    from pytest_vmsandbox.host.facts import capability_of
-
-    return "all" in required or capability_of(unfit.code) in required
+        # The tests that need a machine are skipped for it; others are none of its business.
+        return [f"vmsandbox: {unfit.code}: {unfit.evidence}"]
 
 
 def _needs_machine(item: pytest.Item) -> bool:
     return not FIXTURES.isdisjoint(getattr(item, "fixturenames", ()))
 
 
-def _checked(item: pytest.Item) -> None:
+def _marker_error(item: pytest.Item) -> str | None:
     try:
         check_markers(item)
     except RequestInvalid as error:
         path, line, name = item.location
-        where = f"{path}:{(line or 0) + 1}: {name}"
-        raise pytest.Collector.CollectError(f"{where}: {error}") from error
+        return f"{path}:{(line or 0) + 1}: {name}: {error}"
+    return None

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from _pytest._code.code import ExceptionRepr
 
 from pytest_vmsandbox.errors import visible
-from pytest_vmsandbox.plugin.session import SETTINGS, machines_of
+from pytest_vmsandbox.plugin.artifacts import write_artifacts
+from pytest_vmsandbox.plugin.holding import mark_of
+from pytest_vmsandbox.plugin.session import SETTINGS
 
 if TYPE_CHECKING:
     from pytest_vmsandbox.host.facts import HostFacts
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 # Reports cross from xdist's workers to its controller as JSON, with whatever is in them.
 RECORDS = "vm_machines"
+NOT_KEPT = "vm_not_kept"
 
 CONSOLE_LINES = 100
 _SKIP_CODE = re.compile(r"\bVMS(?:-[A-Z0-9]+)+")
-_MARKS = pytest.StashKey[dict[str, int]]()
 _FAILED = pytest.StashKey[bool]()
 
 
@@ -35,11 +35,6 @@ def describe_host(facts: HostFacts) -> list[str]:
         f"vmsandbox: tier bare (this version builds no walls; the host has {facts.tier})",
         f"vmsandbox: acceleration {facts.accel} ({facts.accel_reason})",
     ]
-
-
-def mark_consoles(item: pytest.Item) -> None:
-    """Note where the consoles of machines that are there already stand: the test begins here."""
-    item.stash[_MARKS] = {machine.id: machine.console.position for machine in machines_of(item)}
 
 
 def record_machines(report: pytest.TestReport, machines: Sequence[MachineController]) -> None:
@@ -65,27 +60,36 @@ def add_evidence(
 ) -> None:
     """Add what the machines left to a failed report: terminal, xdist and JUnit XML show it."""
     for machine in machines:
-        since = item.stash.get(_MARKS, {}).get(machine.id, 0)
-        for title, text in _sections(machine, since):
+        for title, text in _sections(machine, mark_of(item, machine).position):
             if isinstance(report.longrepr, ExceptionRepr):
                 report.longrepr.addsection(title, text)
             else:
                 report.sections.append((title, text))
 
 
+def forget_failure(item: pytest.Item) -> None:
+    """A test begins: what became of an earlier attempt at it does not count."""
+    item.stash[_FAILED] = False
+
+
 def keep_artifacts(
     item: pytest.Item, report: pytest.TestReport, machines: Sequence[MachineController]
 ) -> None:
-    """Write the machines' logs below `--vm-artifacts` when the test is over and they are wanted."""
+    """Write the machines' logs below `--vm-artifacts` where they are wanted.
+
+    After each phase, because the logs on disk go with the machine. Where that can't be done
+    the report says so, and the summary after it; the test's outcome stays what it is.
+    """
     item.stash[_FAILED] = item.stash.get(_FAILED, False) or report.failed
     keep = item.config.stash[SETTINGS].keep
-    wanted = keep == "always" or (keep == "on-failure" and item.stash[_FAILED])
-    if report.when != "teardown" or not wanted:
+    if keep == "never" or (keep == "on-failure" and not item.stash[_FAILED]):
         return
     base = item.config.rootpath / item.config.stash[SETTINGS].artifacts
     for machine in machines:
-        directory = base / re.sub(r"[^A-Za-z0-9_.-]+", "_", item.nodeid) / machine.name
-        _write_artifacts(directory, machine)
+        try:
+            write_artifacts(base, item.nodeid, machine)
+        except OSError as error:
+            setattr(report, NOT_KEPT, f"{machine.id}: {error}")
 
 
 def summarize(reporter: pytest.TerminalReporter, *, durations: int) -> Iterator[str]:
@@ -97,6 +101,8 @@ def summarize(reporter: pytest.TerminalReporter, *, durations: int) -> Iterator[
     )
     for code, times in skips.most_common():
         yield f"{times} skipped by this host: {code} (vmsandbox doctor tells more)"
+    for not_kept in sorted(_all_of(reporter, NOT_KEPT)):
+        yield visible(f"artifacts not kept: {not_kept}")
     records = _records(reporter)
     retried = sum((record["timings"]["boot_attempts"] or 1) - 1 for record in records)
     if retried:
@@ -120,20 +126,6 @@ def _sections(machine: MachineController, since: int) -> Iterator[tuple[str, str
             yield f"{machine.name}: {what}", visible(text.rstrip())
 
 
-def _write_artifacts(directory: Path, machine: MachineController) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
-    directory.chmod(0o700)  # a console may hold secrets of the guest
-    evidence = machine.evidence()
-    facts = {**asdict(machine.facts), "timings": asdict(machine.timings)}
-    for name, text in (
-        ("console.log", machine.console.text),
-        ("vmm.log", evidence.vmm_stderr),
-        ("command.txt", evidence.command_line + "\n"),
-        ("facts.json", json.dumps(facts, indent=2) + "\n"),
-    ):
-        (directory / name).write_text(text)
-
-
 def _records(reporter: pytest.TerminalReporter) -> list[dict[str, Any]]:
     """The last record of each machine: later reports know more of it."""
     found: dict[str, dict[str, Any]] = {}
@@ -143,6 +135,11 @@ def _records(reporter: pytest.TerminalReporter) -> list[dict[str, Any]]:
                 if record["id"] not in found or getattr(report, "when", "") == "teardown":
                     found[record["id"]] = record
     return list(found.values())
+
+
+def _all_of(reporter: pytest.TerminalReporter, attribute: str) -> set[str]:
+    reports = (report for some in reporter.stats.values() for report in some)
+    return {found for report in reports if (found := getattr(report, attribute, None))}
 
 
 def _duration(record: dict[str, Any]) -> float:

@@ -10,12 +10,10 @@ import pytest
 from pytest_vmsandbox.plugin.options import Settings
 
 if TYPE_CHECKING:
-    from pytest_vmsandbox.machine.controller import MachineController
     from pytest_vmsandbox.machine.spec import MachineSpec
     from pytest_vmsandbox.machine.worker import Worker
 
 SETTINGS = pytest.StashKey[Settings]()
-MACHINES = pytest.StashKey["list[MachineController]"]()
 _WORKER = pytest.StashKey["Worker"]()
 
 
@@ -63,8 +61,3 @@ def base_spec(config: pytest.Config, image: str) -> MachineSpec:
         accel=settings.accel,
         tier=settings.tier,
     )
-
-
-def machines_of(item: pytest.Item) -> list[MachineController]:
-    """The machines that `item` may hold: its own, its module's, the session's."""
-    return [machine for node in item.listchain() for machine in node.stash.get(MACHINES, ())]
