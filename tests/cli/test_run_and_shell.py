@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import pty
 import subprocess
@@ -10,6 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+from platformdirs import user_cache_path
+
+from pytest_vmsandbox.cli.common import cache_of
+from pytest_vmsandbox.plugin.options import OPTIONS
 
 VMSANDBOX = [sys.executable, "-m", "pytest_vmsandbox.cli"]
 
@@ -97,6 +102,23 @@ def test_a_stdin_that_can_not_be_read_is_refused_before_anything_boots(tmp_path:
 
     assert done.returncode == 125
     assert b"Bad file descriptor" in done.stderr
+
+
+@pytest.mark.parametrize("argument", [None, "given"])
+@pytest.mark.parametrize("variable", ["", "named"])
+def test_images_are_kept_where_pytest_looks_for_them(
+    argument: str | None,
+    variable: str,
+    pytestconfig: pytest.Config,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("VMSANDBOX_CACHE_DIR", variable)
+    monkeypatch.setattr(pytestconfig.option, "vm_cache_dir", argument)
+    (option,) = (option for option in OPTIONS if option.name == "vm_cache_dir")
+    theirs = option.read(pytestconfig) or user_cache_path("vmsandbox")
+
+    given = Path(argument) if argument else None
+    assert cache_of(argparse.Namespace(cache_dir=given)) == theirs
 
 
 def test_an_error_of_the_host_is_125(tmp_path: Path) -> None:
