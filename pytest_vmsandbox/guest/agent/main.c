@@ -302,6 +302,9 @@ static void open_signals(void)
     const int numbers[] = {SIGCHLD, SIGTERM, SIGINT, SIGUSR1, SIGUSR2, SIGIO, SIGPIPE, SIGHUP};
     for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++)
         sigaddset(&ours, numbers[i]);
+    /* Whoever started us may ignore some (nohup does): commands shall not inherit that. */
+    for (int number = 1; number < 32; number++)
+        signal(number, SIG_DFL);
     sigprocmask(SIG_BLOCK, &ours, NULL);
     sigdelset(&ours, SIGPIPE);
     signal_fd = signalfd(-1, &ours, SFD_CLOEXEC | SFD_NONBLOCK);
