@@ -26,7 +26,7 @@ from pytest_vmsandbox.plugin.report import (
 )
 from pytest_vmsandbox.plugin.session import SETTINGS, started_worker, worker_of
 from pytest_vmsandbox.plugin.skips import skipping_what_is_unfit
-from pytest_vmsandbox.plugin.testcases import TestCaseOutcomes
+from pytest_vmsandbox.plugin.unittest_items import TestCaseOutcomes
 
 if TYPE_CHECKING:
     from pytest_vmsandbox.machine.worker import Worker
