@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from pytest_vmsandbox.guest.process import GuestProcess
 from pytest_vmsandbox.guest.streams import ReadStream, WriteStream
 from pytest_vmsandbox.machine.caller import Caller
-from pytest_vmsandbox.machine.process import close, wait_for
+from pytest_vmsandbox.machine.process import ProcessFace, close, wait_for
 
 CHUNK = 64 * 1024
 
@@ -23,7 +23,6 @@ class AsyncReader:
         self._decoder = (
             codecs.getincrementaldecoder(encoding)(errors="backslashreplace") if encoding else None
         )
-        self._encoding = encoding
 
     async def read(self, size: int = -1) -> str | bytes:
         """All up to the end, or what is there, at most `size` bytes; empty at the end."""
@@ -69,29 +68,14 @@ class AsyncWriter:
         await self._caller.bridge(self._stream.close())
 
 
-class AsyncProcess:
+class AsyncProcess(ProcessFace):
     """A command that was started; its streams are awaited."""
 
     def __init__(self, guest: GuestProcess, caller: Caller, *, encoding: str | None) -> None:
-        self._guest = guest
-        self._caller = caller
+        super().__init__(guest, caller)
         self.stdin = AsyncWriter(guest.stdin, caller, encoding=encoding) if guest.stdin else None
         self.stdout = AsyncReader(guest.stdout, caller, encoding=encoding)
         self.stderr = AsyncReader(guest.stderr, caller, encoding=encoding) if guest.stderr else None
-
-    @property
-    def pid(self) -> int:
-        """Its pid in the guest; also its process group."""
-        return self._guest.pid
-
-    @property
-    def returncode(self) -> int | None:
-        """None while it runs; then its exit status, or minus the signal that ended it."""
-        return self._guest.returncode
-
-    def poll(self) -> int | None:
-        """The same as `returncode`, without waiting."""
-        return self._guest.returncode
 
     async def wait(self, *, timeout: float | None = None) -> int:
         """Its exit status once it has ended; TimedOut after `timeout` seconds."""

@@ -18,15 +18,12 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
 
 
-class Process:
-    """A command that was started; streams are files as `subprocess` gives them."""
+class ProcessFace:
+    """What both faces of a command share: what needs no waiting."""
 
-    def __init__(self, guest: GuestProcess, caller: Caller, *, encoding: str | None) -> None:
+    def __init__(self, guest: GuestProcess, caller: Caller) -> None:
         self._guest = guest
         self._caller = caller
-        self.stdin = _writer(guest.stdin, caller, encoding) if guest.stdin else None
-        self.stdout = _reader(guest.stdout, caller, encoding)
-        self.stderr = _reader(guest.stderr, caller, encoding) if guest.stderr else None
 
     @property
     def pid(self) -> int:
@@ -41,6 +38,16 @@ class Process:
     def poll(self) -> int | None:
         """The same as `returncode`, without waiting."""
         return self._guest.returncode
+
+
+class Process(ProcessFace):
+    """A command that was started; streams are files as `subprocess` gives them."""
+
+    def __init__(self, guest: GuestProcess, caller: Caller, *, encoding: str | None) -> None:
+        super().__init__(guest, caller)
+        self.stdin = _writer(guest.stdin, caller, encoding) if guest.stdin else None
+        self.stdout = _reader(guest.stdout, caller, encoding)
+        self.stderr = _reader(guest.stderr, caller, encoding) if guest.stderr else None
 
     def wait(self, *, timeout: float | None = None) -> int:
         """Its exit status once it has ended; TimedOut after `timeout` seconds."""
