@@ -40,6 +40,9 @@ _CALLS = {
     "capset": _Call((c_void_p, c_void_p), (126, 91, 91, 185)),
     # The system call behind eventfd() is eventfd2: the first one took no flags.
     "eventfd": _Call((c_uint, c_int), (290, 19, 19, 323)),
+    "fsconfig": _Call((c_int, c_uint, c_char_p, c_char_p, c_int), (431, 431, 431, 431)),
+    "fsmount": _Call((c_int, c_uint, c_uint), (432, 432, 432, 432)),
+    "fsopen": _Call((c_char_p, c_uint), (430, 430, 430, 430)),
     "mount": _Call((c_char_p, c_char_p, c_char_p, c_ulong, c_char_p), (165, 40, 40, 21)),
     "mount_setattr": _Call((*_AT, c_uint, c_void_p, c_ulong), (442, 442, 442, 442)),
     "move_mount": _Call((*_AT, *_AT, c_uint), (429, 429, 429, 429)),
