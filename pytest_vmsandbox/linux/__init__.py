@@ -4,6 +4,8 @@ from pytest_vmsandbox.linux.at import AT_FDCWD, AtFlags, AtLocation
 from pytest_vmsandbox.linux.capabilities import Capabilities, CapabilitySets
 from pytest_vmsandbox.linux.clone import CloneFlags
 from pytest_vmsandbox.linux.eventfd import EventFD, EventFDFlags
+from pytest_vmsandbox.linux.id_maps import write_identity_maps
+from pytest_vmsandbox.linux.keyring import join_session_keyring
 from pytest_vmsandbox.linux.libc import call_libc
 from pytest_vmsandbox.linux.mount_flags import MountFlags
 from pytest_vmsandbox.linux.mount_tree import (
@@ -23,6 +25,7 @@ from pytest_vmsandbox.linux.mountinfo import (
 )
 from pytest_vmsandbox.linux.mounts import UmountFlags, mount, pivot_root, umount
 from pytest_vmsandbox.linux.namespaces import setns, unshare
+from pytest_vmsandbox.linux.openat2 import ResolveFlags, openat2
 from pytest_vmsandbox.linux.owned_fd import OwnedFd
 from pytest_vmsandbox.linux.pidfd import (
     ExitStatus,
@@ -41,7 +44,9 @@ from pytest_vmsandbox.linux.prctl import (
     prctl_set_no_new_privs,
     prctl_set_pdeathsig,
 )
+from pytest_vmsandbox.linux.privileges import SecureBits, drop_all_capabilities
 from pytest_vmsandbox.linux.process_identity import ProcessIdentity, ProcessStat, read_boot_id
+from pytest_vmsandbox.linux.seccomp import deny_system_calls
 
 __all__ = [
     "AT_FDCWD",
@@ -64,13 +69,19 @@ __all__ = [
     "PrctlOption",
     "ProcessIdentity",
     "ProcessStat",
+    "ResolveFlags",
+    "SecureBits",
     "UmountFlags",
     "call_libc",
+    "deny_system_calls",
+    "drop_all_capabilities",
+    "join_session_keyring",
     "mount",
     "mount_setattr",
     "mounts_at_or_below",
     "move_mount",
     "open_tree",
+    "openat2",
     "parse_mountinfo",
     "pidfd_is_alive",
     "pidfd_open",
@@ -88,4 +99,5 @@ __all__ = [
     "setns",
     "umount",
     "unshare",
+    "write_identity_maps",
 ]

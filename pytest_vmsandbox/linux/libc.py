@@ -43,10 +43,14 @@ _CALLS = {
     "fsconfig": _Call((c_int, c_uint, c_char_p, c_char_p, c_int), (431, 431, 431, 431)),
     "fsmount": _Call((c_int, c_uint, c_uint), (432, 432, 432, 432)),
     "fsopen": _Call((c_char_p, c_uint), (430, 430, 430, 430)),
+    # libkeyutils has a wrapper, the C library has none. The first argument is an address in some
+    # operations and a number in others: those that we use want an address.
+    "keyctl": _Call((c_int, c_void_p, c_ulong, c_ulong, c_ulong), (250, 219, 219, 280)),
     "mount": _Call((c_char_p, c_char_p, c_char_p, c_ulong, c_char_p), (165, 40, 40, 21)),
     "mount_setattr": _Call((*_AT, c_uint, c_void_p, c_ulong), (442, 442, 442, 442)),
     "move_mount": _Call((*_AT, *_AT, c_uint), (429, 429, 429, 429)),
     "open_tree": _Call((*_AT, c_uint), (428, 428, 428, 428)),
+    "openat2": _Call((*_AT, c_void_p, c_ulong), (437, 437, 437, 437)),
     "pidfd_open": _Call((c_int, c_uint), (434, 434, 434, 434)),
     "pidfd_send_signal": _Call((c_int, c_int, c_void_p, c_uint), (424, 424, 424, 424)),
     "pivot_root": _Call((c_char_p, c_char_p), (155, 41, 41, 217)),

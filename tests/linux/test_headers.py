@@ -26,7 +26,12 @@ from pytest_vmsandbox.linux import (
     OpenTreeFlags,
     PidFDFlags,
     PrctlOption,
+    ResolveFlags,
+    SecureBits,
     UmountFlags,
+    keyring,
+    privileges,
+    seccomp,
 )
 from pytest_vmsandbox.linux import capabilities as capabilities_module
 from pytest_vmsandbox.linux import libc as libc_module
@@ -44,8 +49,12 @@ ENUMS: dict[type[IntFlag | IntEnum], tuple[tuple[str, ...], str]] = {
     OpenTreeFlags: (MOUNT, "OPEN_TREE_|AT_"),
     PidFDFlags: (("linux/fcntl.h", "linux/pidfd.h"), "PIDFD_"),
     PrctlOption: (("linux/prctl.h",), "PR_"),
+    ResolveFlags: (("linux/openat2.h",), "RESOLVE_"),
+    SecureBits: (("linux/securebits.h",), "SECBIT_"),
     UmountFlags: (("sys/mount.h",), "MNT_|UMOUNT_"),
 }
+FAMILIES = ("AF_UNIX", "AF_INET", "AF_INET6", "AF_NETLINK")
+AUDIT, SECCOMP, KEYCTL = ("linux/audit.h",), ("linux/seccomp.h",), ("linux/keyctl.h",)
 OWN_WORDS = {"NS_FLAGS", "UNSHARE_FLAGS", "PROPAGATION", "KERNEL_ONLY"}
 
 Headers = tuple[str, ...]
@@ -56,7 +65,15 @@ def _expected() -> dict[tuple[Headers, str], int]:
     found: dict[tuple[Headers, str], int] = {
         (("linux/fcntl.h",), "AT_FDCWD"): AT_FDCWD,
         (("linux/prctl.h",), "PR_CAP_AMBIENT_RAISE"): _CAP_AMBIENT_RAISE,
+        (("linux/prctl.h",), "PR_CAP_AMBIENT_CLEAR_ALL"): privileges._CAP_AMBIENT_CLEAR_ALL,
+        (KEYCTL, "KEYCTL_JOIN_SESSION_KEYRING"): keyring._KEYCTL_JOIN_SESSION_KEYRING,
         (("linux/capability.h",), "_LINUX_CAPABILITY_VERSION_3"): capabilities_module._VERSION_3,
+        (AUDIT, "AUDIT_ARCH_X86_64"): seccomp._AUDIT_ARCH["x86_64"],
+        (AUDIT, "AUDIT_ARCH_AARCH64"): seccomp._AUDIT_ARCH["aarch64"],
+        (SECCOMP, "SECCOMP_MODE_FILTER"): seccomp._MODE_FILTER,
+        (SECCOMP, "SECCOMP_RET_KILL_PROCESS"): seccomp._RET_KILL_PROCESS,
+        (SECCOMP, "SECCOMP_RET_ERRNO"): seccomp._RET_ERRNO,
+        (SECCOMP, "SECCOMP_RET_ALLOW"): seccomp._RET_ALLOW,
     }
     for enum, (headers, prefix) in ENUMS.items():
         names = [name for name in enum.__members__ if re.match(prefix, name)]
@@ -146,6 +163,46 @@ def test_call_numbers_are_those_of_each_machines_headers(machine: str, tmp_path:
     assert _refuted(claims, ("asm/unistd.h",), machine=machine, room=tmp_path) == []
 
 
+@pytest.mark.parametrize("machine", seccomp._MACHINES)
+def test_numbers_of_denied_and_checked_calls_are_those_of_the_headers(
+    machine: str, tmp_path: Path
+) -> None:
+    place = seccomp._MACHINES.index(machine)
+    claims = {
+        f"__NR_{name}": number
+        for name, numbers in seccomp._DENIED.items()
+        if (number := numbers[place]) is not None
+    }
+    checked = ("ioctl", "clone", "clone3", "personality", "socket", "socketpair")
+    claims |= {
+        f"__NR_{name}": check.numbers[place]
+        for name, check in zip(checked, seccomp._CHECKS, strict=True)
+    }
+    absent = {f"__NR_{name}" for name, numbers in seccomp._DENIED.items() if numbers[place] is None}
+
+    assert _refuted(claims, ("asm/unistd.h",), machine=machine, room=tmp_path) == []
+    assert _defined(absent, machine=machine, room=tmp_path) == []
+
+
+@pytest.mark.parametrize("machine", seccomp._MACHINES)
+def test_the_words_of_a_filter_are_those_of_the_headers(machine: str, tmp_path: Path) -> None:
+    includes = ("linux/filter.h", "linux/seccomp.h", "stddef.h", "sys/socket.h", "asm/ioctls.h")
+    claims = {
+        "BPF_LD|BPF_W|BPF_ABS": seccomp._LOAD_WORD,
+        "BPF_JMP|BPF_JEQ|BPF_K": seccomp._JUMP_EQUAL,
+        "BPF_JMP|BPF_JGE|BPF_K": seccomp._JUMP_AT_LEAST,
+        "BPF_JMP|BPF_JSET|BPF_K": seccomp._JUMP_ANY_BIT,
+        "BPF_RET|BPF_K": seccomp._RETURN,
+        "offsetof(struct seccomp_data, nr)": seccomp._NR,
+        "offsetof(struct seccomp_data, arch)": seccomp._ARCH,
+        "offsetof(struct seccomp_data, args)": seccomp._ARGS,
+        **dict(zip(("TIOCSTI", "TIOCLINUX"), seccomp._TERMINAL_INPUT, strict=True)),
+        **dict(zip(FAMILIES, seccomp._FAMILIES, strict=True)),
+    }
+
+    assert _refuted_expressions(claims, includes, machine=machine, room=tmp_path) == []
+
+
 def test_constants_equal_those_of_the_newest_headers_at_hand(tmp_path: Path) -> None:
     of_the_kernel = {own for own, _name in EXPECTED if own[-1].startswith("linux/")}
     refuted = [
@@ -172,16 +229,43 @@ def test_the_check_against_headers_notices_a_wrong_value(tmp_path: Path) -> None
 
 def _refuted(claims: dict[str, int], headers: Headers, *, machine: str, room: Path) -> list[str]:
     """Those of `claims` that the headers in ziglang contradict; what they lack is not one."""
+    asserts = "".join(
+        f"#ifdef {name}\n{_assertion(name, value, says=name)}#endif\n"
+        for name, value in claims.items()
+    )
+    return _failing(asserts, headers, machine=machine, room=room)
+
+
+def _refuted_expressions(
+    claims: dict[str, int], headers: Headers, *, machine: str, room: Path
+) -> list[int]:
+    """The places in `claims` of those that the headers contradict, or can't make sense of."""
+    asserts = "".join(
+        _assertion(text, value, says=str(place))
+        for place, (text, value) in enumerate(claims.items())
+    )
+    return [int(place) for place in _failing(asserts, headers, machine=machine, room=room)]
+
+
+def _defined(names: set[str], *, machine: str, room: Path) -> list[str]:
+    """Those of `names` that the headers of `machine` have."""
+    asserts = "".join(
+        f'#ifdef {name}\n_Static_assert(0, "refuted {name}");\n#endif\n' for name in sorted(names)
+    )
+    return _failing(asserts, ("asm/unistd.h",), machine=machine, room=room)
+
+
+def _assertion(text: str, value: int, *, says: str) -> str:
+    mask = _mask(value)
+    return f'_Static_assert((({text}) & {mask}LL) == {value & mask}LL, "refuted {says}");\n'
+
+
+def _failing(asserts: str, headers: Headers, *, machine: str, room: Path) -> list[str]:
+    """What the assertions that fail say."""
     if find_spec("ziglang") is None:
         pytest.skip("VMS-TEST-NO-ZIG: ziglang, with every machine's headers, is not installed")
     source = room / "claims.c"
     includes = "".join(f"#include <{header}>\n" for header in headers)
-    asserts = "".join(
-        f"#ifdef {name}\n"
-        f"_Static_assert((({name}) & {_mask(value)}LL) == {value & _mask(value)}LL,"
-        f' "refuted {name}");\n#endif\n'
-        for name, value in claims.items()
-    )
     source.write_text(includes + asserts, encoding="utf-8")
     done = subprocess.run(
         [

@@ -89,6 +89,9 @@ calls = {
     "pidfd_open": lambda: linux.pidfd_open(1),
     "pidfd_send_signal": lambda: linux.pidfd_send_signal(0, 0),
     "pidfd_reap": lambda: linux.pidfd_reap(0),
+    "openat2": lambda: linux.openat2(linux.AT_FDCWD, "/b", 0),
+    "keyring": lambda: linux.join_session_keyring(),
+    "privileges": lambda: linux.drop_all_capabilities(),
     "unknown": lambda: linux.call_libc("no_such_call"),
 }
 for name, call in calls.items():
@@ -98,6 +101,7 @@ for name, call in calls.items():
         assert error.errno == errno.ENOSYS, (name, error)
     else:
         raise AssertionError(name)
+assert linux.deny_system_calls() is False
 """
 
 
