@@ -91,12 +91,17 @@ class Symlink:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReadOnly:
-    """From now on nothing of the mount at `target`, or mounted below it, can be written."""
+    """From now on nothing at `target`, or mounted below it, can be written but what is `writable`.
+
+    `target` is any directory or file of the view, the root of a mount or not. What is at or below
+    the paths `writable`, which must be there, stays as it is at this moment.
+    """
 
     target: str
+    writable: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.target} read-only"
+        return f"{self.target} read-only{''.join(f', not {path}' for path in self.writable)}"
 
 
 Step: TypeAlias = Tmpfs | Bind | Device | Proc | Symlink | ReadOnly
@@ -145,6 +150,10 @@ def _parse_value(name: str, value: object) -> object:
             return _absolute(name, value)
         case "size_mib":
             return whole_number(name, value, TMPFS_MIB)
+        case "writable":
+            if not isinstance(value, list | tuple) or len(value) > _STEPS_AT_MOST:
+                raise RequestInvalid(f"{name}={value!r:.200} must be a list of paths")
+            return tuple(_absolute(name, path) for path in value)
         case "mode":
             return whole_number(name, value, MODES)
         case "access":
