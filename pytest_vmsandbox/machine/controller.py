@@ -7,17 +7,24 @@ from __future__ import annotations
 
 import asyncio
 import re
-import secrets
-import shutil
 from pathlib import Path
 
+from pytest_vmsandbox.machine.build import Build
 from pytest_vmsandbox.machine.commands import CONDITION_S, Commands
 from pytest_vmsandbox.machine.files import Files
 from pytest_vmsandbox.machine.power import Power
 
 
+# Where the VMM leaves a picture of its display, in its own directory; the next one replaces it.
+PICTURE = "screenshot.png"
+
+
 class MachineController(Power, Commands, Files):
     """One machine, from its first power on to its end."""
+
+    def __init__(self, build: Build) -> None:
+        super().__init__(build)
+        self._picturing = asyncio.Lock()
 
     async def wait_for_console(
         self, pattern: str, *, timeout: float | None = None
@@ -27,9 +34,9 @@ class MachineController(Power, Commands, Files):
 
     async def screenshot(self, path: Path | str) -> None:
         """Save what the machine's display shows, as PNG."""
-        picture = self.build.config.directory / f"screenshot-{secrets.token_hex(4)}.png"
-        try:
+        running = self._on()
+        picture = running.order.view.directory / PICTURE
+        async with self._picturing:
             await self.qmp("screendump", {"filename": str(picture), "format": "png"})
-            await asyncio.to_thread(shutil.copyfile, picture, path)
-        finally:
-            picture.unlink(missing_ok=True)
+            content = await running.process.read_file(PICTURE)
+        await asyncio.to_thread(Path(path).write_bytes, content)

@@ -118,10 +118,13 @@ class Power(MachineCore):
 
     async def _power_on(self, *, boot_s: float) -> None:
         scale = self.build.time_scale
+        config = self.build.config
         order = PowerOn(
-            config=self.build.config,
+            id=self.id,
+            config=config,
+            view=self.build.launcher.view(directory=config.directory, files=config.files),
             nonce=secrets.token_hex(16),
-            log=self.build.config.directory / "vmm.log",
+            log=config.directory / "vmm.log",
             boot_s=boot_s,
             stall_s=STALL_S * scale,
             silence_s=SILENCE_S * scale,

@@ -25,11 +25,10 @@ from pytest_vmsandbox.errors import (
     VmSandboxError,
 )
 from pytest_vmsandbox.guest.channel import Channel, open_channel
-from pytest_vmsandbox.host.socket_auth import connect_machine_socket
 from pytest_vmsandbox.machine.console import Console, ConsoleLine, KernelTrouble
 from pytest_vmsandbox.machine.timings import Timings
-from pytest_vmsandbox.vmm.launch import Launcher, LaunchRequest, VmmProcess
-from pytest_vmsandbox.vmm.qemu import QemuConfig, render_command
+from pytest_vmsandbox.vmm.launch import Launcher, LaunchRequest, VmmProcess, VmmView
+from pytest_vmsandbox.vmm.qemu import QemuConfig, render_command, socket_name
 from pytest_vmsandbox.vmm.qmp import QmpEvent, QmpSession, open_qmp
 
 T = TypeVar("T")
@@ -60,7 +59,9 @@ class PowerOn:
     that is waited for may be silent for `silence_s`.
     """
 
+    id: str
     config: QemuConfig
+    view: VmmView
     nonce: str
     log: Path
     boot_s: float
@@ -71,7 +72,8 @@ class PowerOn:
     def command(self) -> list[str]:
         """The VMM's argv; the guest is told its nonce, and to stay where it is if it panics."""
         words = (*self.config.command_line, "panic=0", f"vmsandbox.nonce={self.nonce}")
-        return render_command(replace(self.config, command_line=words))
+        config = self.config.seen_through(self.view)
+        return render_command(replace(config, command_line=words))
 
 
 class Running:
@@ -292,13 +294,7 @@ class Running:
 
     async def _connect(self, purpose: str, *, deadline: Deadline) -> socket.socket:
         sock = await self.unless_it_fails(
-            connect_machine_socket(
-                self.order.config.socket(purpose),
-                uid=self.process.uid,
-                pidfd=self.process.pidfd,
-                identity=self.process.identity,
-                deadline=deadline,
-            )
+            self.process.connect(socket_name(purpose), deadline=deadline)
         )
         self._lines.callback(sock.close)  # whoever takes it over closes it earlier
         return sock
@@ -422,7 +418,13 @@ async def open_running(
             process = await stack.enter_async_context(
                 launcher.launch(
                     LaunchRequest(
-                        argv=order.command, directory=order.config.directory, log=order.log
+                        id=order.id,
+                        argv=order.command,
+                        directory=order.config.directory,
+                        log=order.log,
+                        files=order.config.files,
+                        memory_mib=order.config.vmm_memory_mib,
+                        kvm=order.config.accel == "kvm",
                     )
                 )
             )

@@ -5,21 +5,25 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import socket
 import subprocess
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from pytest_vmsandbox.deadline import Deadline
 from pytest_vmsandbox.errors import HostUnfit
+from pytest_vmsandbox.host.socket_auth import connect_machine_socket
 from pytest_vmsandbox.linux import ProcessIdentity
-from pytest_vmsandbox.vmm.launch import LaunchRequest
+from pytest_vmsandbox.vmm.launch import LaunchRequest, VmmView
 
 
 class BareProcess:
     """A VMM that is our own child (see `VmmProcess`)."""
 
-    def __init__(self, child: subprocess.Popen[bytes]) -> None:
+    def __init__(self, child: subprocess.Popen[bytes], directory: Path) -> None:
         self._child = child
+        self._directory = directory
         self.pid = child.pid
         self.uid = os.getuid()
         self.identity = ProcessIdentity.of(child.pid)
@@ -48,6 +52,20 @@ class BareProcess:
         # is never hit.
         self._child.kill()
 
+    async def connect(self, name: str, *, deadline: Deadline) -> socket.socket:
+        """A connection to the socket called `name` in its directory (see `VmmProcess`)."""
+        return await connect_machine_socket(
+            self._directory / name,
+            uid=self.uid,
+            pidfd=self.pidfd,
+            identity=self.identity,
+            deadline=deadline,
+        )
+
+    async def read_file(self, name: str) -> bytes:
+        """The file called `name` in its directory."""
+        return await asyncio.to_thread((self._directory / name).read_bytes)
+
     def close(self) -> None:
         """Give the pidfd back; the process must have been reaped."""
         if self.pidfd is not None:
@@ -57,6 +75,10 @@ class BareProcess:
 
 class BareLauncher:
     """Starts VMMs as children of this process, with this process's rights (tier `bare`)."""
+
+    def view(self, *, directory: Path, files: Sequence[Path]) -> VmmView:
+        """It sees what we see."""
+        return VmmView(directory=directory, files={path: path for path in files})
 
     @asynccontextmanager
     async def launch(self, request: LaunchRequest) -> AsyncIterator[BareProcess]:
@@ -74,7 +96,7 @@ class BareLauncher:
             )
         child = _spawn([*_dying_with_us(), *request.argv], log=request.log)
         try:
-            process = BareProcess(child)
+            process = BareProcess(child, request.directory)
         except BaseException:
             child.kill()
             child.wait()

@@ -2,25 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import socket
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from pytest_vmsandbox.deadline import Deadline
 from pytest_vmsandbox.linux import ProcessIdentity
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LaunchRequest:
-    """A VMM to be started: its `argv`, and the `directory` where its sockets and logs lie.
+class VmmView:
+    """How a VMM will see what is handed to it: its own directory, and each file by our path."""
 
-    stdout and stderr of the process go to `log`, stdin is /dev/null.
+    directory: Path
+    files: Mapping[Path, Path]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaunchRequest:
+    """A VMM to be started: its `argv`, with paths as it will see them, and what it needs.
+
+    `id` names the machine on this host; `files` may be read, and nothing of the host be written
+    but the VMM's own directory; stdout and stderr go to `log`, stdin is /dev/null. `memory_mib`
+    is what the guest and the VMM together may take, `kvm` asks for /dev/kvm.
     """
 
+    id: str
     argv: Sequence[str]
     directory: Path
     log: Path
+    files: Sequence[Path] = ()
+    memory_mib: int | None = None
+    kvm: bool = False
 
 
 class VmmProcess(Protocol):
@@ -37,6 +53,16 @@ class VmmProcess(Protocol):
     def kill(self) -> None:
         """End it at once (SIGKILL); harmless when it has ended already."""
 
+    async def connect(self, name: str, *, deadline: Deadline) -> socket.socket:
+        """A connection to the socket called `name` in its directory, as soon as it listens.
+
+        The other end is proved to be this very process before anything is sent. Raises
+        SocketAuthError where it is not, TimedOut when it does not listen by the deadline.
+        """
+
+    async def read_file(self, name: str) -> bytes:
+        """The file called `name` in its directory, which is removed with the VMM at the latest."""
+
 
 class Launcher(Protocol):
     """Runs a VMM; leaving the context kills and reaps it.
@@ -44,6 +70,9 @@ class Launcher(Protocol):
     A machine that is to end in good order has been shut down before that; what is left then
     is thrown away with its disks, and nothing is quicker or surer than SIGKILL.
     """
+
+    def view(self, *, directory: Path, files: Sequence[Path]) -> VmmView:
+        """How a VMM started with these would see them; `files` in the order of the request."""
 
     def launch(self, request: LaunchRequest) -> AbstractAsyncContextManager[VmmProcess]:
         """Start it; the process is ours until the context is left."""

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 
 from pytest_vmsandbox.errors import RequestInvalid
+from pytest_vmsandbox.vmm.launch import VmmView
 
 # QEMU's default translation cache is up to 1 GiB for each machine; a kernel and a shell fit
 # in this, and a machine that outgrows it only translates again.
 TCG_CACHE_MIB = 128
+
+# What QEMU takes beside the guest's memory and the translation cache: some 60 MiB for its code and
+# heap, and room for what it has in flight.
+OVERHEAD_MIB = 256
 
 # What QEMU listens on, in the order in which it makes them.
 SOCKETS = ("qmp", "console", "agent")
@@ -29,7 +34,7 @@ class MachineType(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QemuConfig:
-    """All that decides how QEMU is started; paths are as QEMU will see them."""
+    """All that decides how QEMU is started; paths are ours until `seen_through` a view."""
 
     program: str
     name: str
@@ -44,9 +49,31 @@ class QemuConfig:
     read_only_disks: Mapping[str, Path] = field(default_factory=dict)
     seccomp: bool = True
 
-    def socket(self, purpose: str) -> Path:
-        """Where QEMU makes the socket for `purpose`, one of `SOCKETS`."""
-        return self.directory / f"{purpose}.sock"
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """What QEMU reads of the host."""
+        return (self.kernel, self.initramfs, *self.read_only_disks.values())
+
+    @property
+    def vmm_memory_mib(self) -> int:
+        """What the guest and QEMU itself may take together."""
+        return self.memory_mib + TCG_CACHE_MIB + OVERHEAD_MIB
+
+    def seen_through(self, view: VmmView) -> QemuConfig:
+        """The same with every path as QEMU will see it."""
+        disks = {serial: view.files[path] for serial, path in self.read_only_disks.items()}
+        return replace(
+            self,
+            directory=view.directory,
+            kernel=view.files[self.kernel],
+            initramfs=view.files[self.initramfs],
+            read_only_disks=disks,
+        )
+
+
+def socket_name(purpose: str) -> str:
+    """What the socket for `purpose`, one of `SOCKETS`, is called in QEMU's directory."""
+    return f"{purpose}.sock"
 
 
 def render_command(config: QemuConfig) -> list[str]:
@@ -77,7 +104,7 @@ def _render_base(config: QemuConfig) -> Iterator[str]:
 
 def _render_control(config: QemuConfig) -> Iterator[str]:
     for purpose in SOCKETS:
-        path = _escape(str(config.socket(purpose)))
+        path = _escape(str(config.directory / socket_name(purpose)))
         yield from ("-chardev", f"socket,id={purpose},path={path},server=on,wait=off")
     yield from ("-mon", "chardev=qmp,mode=control")
     yield from ("-serial", "chardev:console")

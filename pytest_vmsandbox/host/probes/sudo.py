@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-
 from pytest_vmsandbox.host.facts import Capability, Fact, Tier, Verdict, fact_of
 from pytest_vmsandbox.host.probes.qemu_vm_user import USER
-from pytest_vmsandbox.host.probes.within import render_start
 from pytest_vmsandbox.host.trial import Trial, failed, unsupported
+from pytest_vmsandbox.host.way import interpreter, render_start
 
 # The warden is a Python that starts VMMs, so Python must start and be allowed to execute: a
 # NOEXEC in sudoers lets the first pass and stops the second.
@@ -51,7 +49,7 @@ async def _probe(
     outcome = await trial.run(render_start(tier, "-c", _PROGRAM))
     if b"unable to execute" in outcome.stderr:
         # sudo let us, and the other user can't reach our interpreter: a home of mode 0700.
-        remedy = f"make {sys.executable} reachable for that user (a+x on the folders above it)"
+        remedy = f"make {interpreter(tier)} reachable for that user (a+x on the folders above it)"
         return failed(capability, outcome, remedy=remedy)
     if not outcome.ok:
         return failed(capability, outcome, remedy=remedy, verdict=Verdict.DENIED)

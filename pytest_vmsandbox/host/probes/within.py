@@ -1,32 +1,18 @@
-"""Within: the way in which a tier starts a process, and the probes' inside run in that way."""
+"""Within: the inside of the probes, run in the way in which a tier starts its warden."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 from pytest_vmsandbox.host.facts import Capability, Fact, Tier, Verdict, fact_of
 from pytest_vmsandbox.host.trial import Trial, failed
+from pytest_vmsandbox.host.way import render_start
 
-_SUDO = ("sudo", "-n")  # -n: it must never prompt
-_WAYS: dict[Tier, tuple[str, ...]] = {
-    Tier.ROOT: (),
-    Tier.SUDO: (*_SUDO, "--"),
-    Tier.QEMU_VM: (*_SUDO, "-u", "qemu-vm", "--"),
-    Tier.USERNS: (),
-    Tier.BARE: (),
-}
 _INSIDE = Path(__file__).with_name("inside.py")
-_PYTHON = (sys.executable, "-I", "-S")
 
 # The inside ends itself a little before we give up on it: behind sudo we may not kill it.
 _OWN_END = 0.9
-
-
-def render_start(tier: Tier, *arguments: str) -> list[str]:
-    """The argv that starts a fresh Python as the tier starts its warden."""
-    return [*_WAYS[tier], *_PYTHON, *arguments]
 
 
 async def probe_within(

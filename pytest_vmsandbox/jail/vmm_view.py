@@ -1,0 +1,57 @@
+"""A VMM's view: its program with its libraries, a few devices, and a directory of its own.
+
+Nothing else of the host is in it: no home, no /etc but the linker's cache, no /run, no /sys, of
+/proc only itself, and nothing that can be written but its own directory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+from pytest_vmsandbox.warden.steps import Bind, Device, Proc, ReadOnly, Step, Symlink, Tmpfs
+
+# Where a VMM makes its sockets; every machine has its own there.
+ROOM = PurePosixPath("/machine")
+
+# For sockets and a screenshot; a VMM that was taken over can't fill more of the host.
+ROOM_MIB = 16
+
+_LIBRARIES = (Path("/usr"), Path("/nix/store"))
+_LINKED = tuple(Path(f"/{name}") for name in ("bin", "sbin", "lib", "lib32", "lib64", "libx32"))
+_LINKER_CACHE = Path("/etc/ld.so.cache")
+_DEVICES = ("null", "zero", "urandom")
+
+
+def plan_vmm_view(program: Path, *, kvm: bool) -> tuple[Step, ...]:
+    """The steps that make the view of a VMM whose program is `program`, an absolute path."""
+    return (
+        Tmpfs(target="/", size_mib=1),
+        *_programs(program),
+        *(Device(name=name) for name in _DEVICES),
+        *((Device(name="kvm"),) if kvm else ()),
+        Tmpfs(target=str(ROOM), size_mib=ROOM_MIB, mode=0o700),
+        Proc(target="/proc"),
+        ReadOnly(target="/", writable=(str(ROOM),)),
+    )
+
+
+def _programs(program: Path) -> Iterator[Step]:
+    shown = [path for path in _LIBRARIES if path.is_dir()]
+    if not any(program.is_relative_to(path) for path in shown):
+        shown.append(_home_of(program))
+    for path in shown:
+        yield Bind(source=str(path), target=str(path))
+    for path in _LINKED:
+        if path.is_symlink():
+            yield Symlink(target=str(path), text=str(path.readlink()))
+        elif path.is_dir():
+            yield Bind(source=str(path), target=str(path))
+    if _LINKER_CACHE.exists():
+        yield Bind(source=str(_LINKER_CACHE), target=str(_LINKER_CACHE))
+
+
+def _home_of(program: Path) -> Path:
+    """The folder that a program outside the system brings its libraries and data in."""
+    folder = program.parent
+    return folder.parent if folder.name in ("bin", "sbin") else folder

@@ -1,0 +1,108 @@
+"""The bundle: exactly those of our modules that run with privilege, sent to a fresh Python.
+
+The user that the warden becomes may not be able to read our package, and root should not import
+whatever else lies beside it. So the modules are listed here, and come to the warden as one file.
+"""
+
+from __future__ import annotations
+
+import marshal
+import os
+from functools import cache
+from importlib.util import MAGIC_NUMBER, find_spec
+
+_ROOM = "pytest_vmsandbox"
+
+# The whole of what acts with privilege, beside the standard library.
+PRIVILEGED = tuple(
+    f"{_ROOM}.{name}"
+    for name in (
+        "errors",
+        "deadline",
+        "linux.arguments",
+        "linux.at",
+        "linux.capabilities",
+        "linux.clone",
+        "linux.id_maps",
+        "linux.keyring",
+        "linux.libc",
+        "linux.mount_flags",
+        "linux.mount_tree",
+        "linux.mountinfo",
+        "linux.mounts",
+        "linux.namespaces",
+        "linux.new_mount",
+        "linux.openat2",
+        "linux.owned_fd",
+        "linux.pidfd",
+        "linux.prctl",
+        "linux.privileges",
+        "linux.seccomp",
+        "warden.groups",
+        "warden.launch",
+        "warden.main",
+        "warden.requests",
+        "warden.server",
+        "warden.steps",
+        "warden.validation",
+        "warden.view",
+    )
+)
+_PACKAGES = (_ROOM, f"{_ROOM}.linux", f"{_ROOM}.warden")
+
+# What `python -c` runs: it takes the bundle from the first packet on stdin, makes its modules
+# importable, none but them, and runs `main`. A Python of our own version gets compiled code.
+BOOTSTRAP = """\
+import marshal, mmap, socket, sys
+from importlib.machinery import ModuleSpec
+from _frozen_importlib_external import MAGIC_NUMBER
+
+line = socket.socket(fileno=0)
+_, (bundle,), _, _ = socket.recv_fds(line, 1, 1)
+magic, packages, modules = marshal.loads(mmap.mmap(bundle, 0, prot=mmap.PROT_READ))
+
+class Bundle:
+    def find_spec(self, name, path=None, target=None):
+        if name in modules or name in packages:
+            return ModuleSpec(name, self, origin=f"<{name}>", is_package=name in packages)
+    def create_module(self, spec):
+        return None
+    def exec_module(self, module):
+        name = module.__spec__.name
+        if name in modules:
+            source, code = modules[name]
+            same = magic == MAGIC_NUMBER
+            exec(marshal.loads(code) if same else compile(source, f"<{name}>", "exec"), vars(module))
+
+sys.meta_path.insert(0, Bundle())
+from pytest_vmsandbox.warden.main import main
+main(line)
+"""
+
+
+@cache
+def bundle() -> bytes:
+    """The modules, each as source and as code, with the version of Python that the code is for."""
+    modules = {name: _load(name) for name in PRIVILEGED}
+    return marshal.dumps((MAGIC_NUMBER, _PACKAGES, modules))
+
+
+def open_bundle() -> int:
+    """A new descriptor of a file in memory that holds the bundle; it is the caller's."""
+    descriptor = os.memfd_create("vmsandbox-warden", os.MFD_CLOEXEC)
+    try:
+        with os.fdopen(os.dup(descriptor), "wb") as file:
+            file.write(bundle())
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _load(name: str) -> tuple[str, bytes]:
+    spec = find_spec(name)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"no module {name}")
+    loader = spec.loader
+    source, code = loader.get_source(name), loader.get_code(name)  # type: ignore[attr-defined]
+    return source, marshal.dumps(code)

@@ -1,0 +1,293 @@
+"""Launch: a process behind walls, from fork to exec.
+
+The warden forks a stage, which enters new namespaces; the warden gives it the one user that is
+mapped there; it becomes that user and forks the process itself, pid 1 of a pid namespace of its
+own. From there on everything happens with the rights of that user and in those namespaces.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import signal
+import socket
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from pytest_vmsandbox.linux.at import AtLocation
+from pytest_vmsandbox.linux.clone import CloneFlags
+from pytest_vmsandbox.linux.id_maps import write_identity_maps
+from pytest_vmsandbox.linux.keyring import join_session_keyring
+from pytest_vmsandbox.linux.mount_tree import (
+    MountAttrFlags,
+    OpenTreeFlags,
+    mount_setattr,
+    open_tree,
+)
+from pytest_vmsandbox.linux.namespaces import unshare
+from pytest_vmsandbox.linux.owned_fd import OwnedFd
+from pytest_vmsandbox.linux.pidfd import pidfd_open, pidfd_send_signal
+from pytest_vmsandbox.linux.prctl import prctl_set_no_new_privs
+from pytest_vmsandbox.linux.privileges import drop_all_capabilities
+from pytest_vmsandbox.linux.seccomp import deny_system_calls
+from pytest_vmsandbox.warden.requests import Launch, Limits, Network, Who
+from pytest_vmsandbox.warden.view import View
+
+# From fork to exec lie some milliseconds; what takes this long never ends.
+LAUNCH_S = 15.0
+
+# Where descriptors wait while 0, 1, 2, ... are still somebody else's.
+_ASIDE = 200
+
+_NAMESPACES = (
+    CloneFlags.CLONE_NEWUSER
+    | CloneFlags.CLONE_NEWNS
+    | CloneFlags.CLONE_NEWPID
+    | CloneFlags.CLONE_NEWIPC
+    | CloneFlags.CLONE_NEWUTS
+    | CloneFlags.CLONE_NEWCGROUP
+)
+_NO_MORE_USER_NAMESPACES = "/proc/sys/user/max_user_namespaces"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class User:
+    """As whom a process runs; `groups` are set where we may set them, None where we may not."""
+
+    uid: int
+    gid: int
+    groups: tuple[int, ...] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launched:
+    """A process that was started: our child, `pid` as we number it, and its open room."""
+
+    pid: int
+    pidfd: OwnedFd
+    room: OwnedFd | None
+
+
+class LaunchFailed(Exception):
+    """The process could not be started; nothing of it is left."""
+
+    def __init__(self, code: int, sentence: str) -> None:
+        super().__init__(code, sentence)
+        self.code, self.sentence = code, sentence
+
+
+def launch(
+    order: Launch, descriptors: Sequence[int], *, user: User, confine: Callable[[int], None]
+) -> Launched:
+    """Start it as `user`; `confine` puts its pid into a control group, before it does anything.
+
+    We must be pid 1 of a pid namespace, so that the process becomes our child. Returns once the
+    program itself runs; raises LaunchFailed, and then nothing of it is left.
+    """
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.settimeout(LAUNCH_S)
+    with ours:
+        stage = os.fork()
+        if stage == 0:
+            _Stage(order, descriptors, user=user, line=theirs).run()
+        theirs.close()
+        try:
+            confine(stage)
+            ours.send(b"{}")
+            _receive(ours)
+            write_identity_maps(
+                stage, uid=user.uid, gid=user.gid, deny_setgroups=user.groups is None
+            )
+            ours.send(b"{}")
+            return _attend(ours)
+        except OSError as error:
+            raise LaunchFailed(error.errno or errno.EIO, str(error)) from error
+        finally:
+            _end(stage)
+
+
+def _attend(line: socket.socket) -> Launched:
+    """Follow what the stage and its child tell until the program runs and both are silent."""
+    with ExitStack() as undo:
+        pid, pidfd, room = 0, None, None
+        while told := _receive(line):
+            form, descriptors = told
+            if descriptors:
+                room = undo.enter_context(OwnedFd(descriptors[0]))
+            if "pid" in form:
+                pid = form["pid"]
+                pidfd = undo.enter_context(pidfd_open(pid))
+                undo.callback(pidfd_send_signal, pidfd, signal.SIGKILL)
+        if pidfd is None:
+            raise LaunchFailed(errno.ESRCH, "it ended before it began")
+        undo.pop_all()
+        return Launched(pid=pid, pidfd=pidfd, room=room)
+
+
+def _receive(line: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
+    """What is told next, and what came with it; None once all have let go of the other end.
+
+    Raises LaunchFailed where an error is told.
+    """
+    packet, descriptors, _, _ = socket.recv_fds(line, 4096, 1, socket.MSG_CMSG_CLOEXEC)
+    if not packet:
+        return None
+    form: dict[str, Any] = json.loads(packet)
+    if "error" in form:
+        raise LaunchFailed(form["error"], form["sentence"])
+    return form, descriptors
+
+
+def _end(stage: int) -> None:
+    """Reap the stage, which has ended, or must."""
+    with pidfd_open(stage) as pidfd:
+        pidfd_send_signal(pidfd, signal.SIGKILL)
+    os.waitpid(stage, 0)
+
+
+class _Stage:
+    """The forked half: it never returns to the warden's code."""
+
+    def __init__(
+        self, order: Launch, descriptors: Sequence[int], *, user: User, line: socket.socket
+    ) -> None:
+        self._order = order
+        self._descriptors = descriptors
+        self._user = user
+        self._line = line
+
+    def run(self) -> NoReturn:
+        """Do all of it, and tell what went wrong."""
+        try:
+            self._unshare()
+            child = os.fork()
+            if child:
+                self._tell({"pid": child})
+            else:
+                self._become()
+        except BaseException as error:  # noqa: BLE001 - whatever it is, the warden is told
+            code = error.errno if isinstance(error, OSError) else None
+            self._tell({"error": code or errno.EINVAL, "sentence": str(error) or repr(error)})
+            os._exit(127)
+        os._exit(0)
+
+    def _tell(self, form: dict[str, object], descriptors: Sequence[int] = ()) -> None:
+        socket.send_fds(self._line, [json.dumps(form).encode()[:4000]], descriptors)
+
+    def _unshare(self) -> None:
+        self._line.recv(16)  # that we are in our control group
+        user = self._user
+        if user.groups is not None:
+            os.setgroups(user.groups)
+        isolated = self._order.network is Network.ISOLATED
+        unshare(_NAMESPACES | (CloneFlags.CLONE_NEWNET if isolated else 0))
+        self._tell({})
+        self._line.recv(16)  # that our user is mapped
+        os.setresgid(user.gid, user.gid, user.gid)
+        os.setresuid(user.uid, user.uid, user.uid)
+
+    def _become(self) -> None:
+        """Build the view, put up the walls, and turn into the program."""
+        order = self._order
+        os.setsid()
+        socket.sethostname(order.name)
+        view = View()
+        for step in order.steps:
+            view.perform(step)
+        self._descriptors = [*self._descriptors[:3], *self._readable_files()]
+        if order.room is not None:
+            with view.open(order.room) as room:
+                self._tell({"room": True}, [room])
+        with open(_NO_MORE_USER_NAMESPACES, "w", encoding="ascii") as limit:  # noqa: PTH123
+            limit.write("0")
+        view.enter()
+        os.chdir(order.cwd)
+        os.umask(0o077 if order.who is Who.VMM else 0o022)
+        self._place_descriptors()
+        join_session_keyring()
+        _limit(order.limits)
+        drop_all_capabilities()
+        prctl_set_no_new_privs()
+        if order.who is Who.VMM:
+            deny_system_calls()
+        for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, programs should not
+            signal.signal(number, signal.SIG_DFL)
+        if order.who is Who.OWNER:
+            _be_init_for_a_child()
+        os.execve(order.argv[0], order.argv, dict(order.env))
+
+    def _readable_files(self) -> list[int]:
+        given = self._descriptors[3:]
+        return [
+            descriptor if path is None else _only_readable(descriptor, path)
+            for descriptor, path in zip(given, self._order.files, strict=True)
+        ]
+
+    def _place_descriptors(self) -> None:
+        """Give the descriptors their numbers; of ours only the line is left, until exec."""
+        aside = [*self._descriptors, self._line.detach()]
+        for number, descriptor in enumerate(aside):
+            os.dup2(descriptor, _ASIDE + number, inheritable=False)
+        last = len(aside) - 1
+        for number in range(last):
+            os.dup2(_ASIDE + number, number)
+        os.dup2(_ASIDE + last, last, inheritable=False)
+        self._line = socket.socket(fileno=last)
+        os.closerange(last + 1, os.sysconf("SC_OPEN_MAX"))
+
+
+def _only_readable(descriptor: int, path: str) -> int:
+    """A descriptor of the same file through which, and from which, it can't be written.
+
+    Whoever owns a file may open it anew for writing through /proc/self/fd, so it is opened
+    through a mount of its own that is read-only. Where the path is out of our reach, the file is
+    not ours either: then it is enough that others may read it, and not write it.
+    """
+    try:
+        mount = open_tree(path, OpenTreeFlags.OPEN_TREE_CLONE)
+    except (PermissionError, FileNotFoundError):
+        link = f"/proc/self/fd/{descriptor}"
+        if not os.access(link, os.R_OK) or os.access(link, os.W_OK):
+            raise OSError(errno.EACCES, "others must be able to read it, not to write it", path)
+        return descriptor
+    with mount:
+        if not os.path.samestat(os.fstat(mount), os.fstat(descriptor)):
+            raise OSError(errno.ESTALE, "it is not the file that was handed over", path)
+        mount_setattr(AtLocation(mount), attr_set=MountAttrFlags.MOUNT_ATTR_RDONLY)
+        return os.open(AtLocation(mount).fspath(), os.O_RDONLY | os.O_CLOEXEC)
+
+
+def _limit(limits: Limits) -> None:
+    wanted = {
+        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_AS: limits.address_bytes,
+        resource.RLIMIT_NPROC: limits.processes,
+        resource.RLIMIT_FSIZE: limits.file_bytes,
+        resource.RLIMIT_NOFILE: limits.open_files,
+    }
+    for kind, most in wanted.items():
+        if most is not None:
+            _, hard = resource.getrlimit(kind)
+            most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+            resource.setrlimit(kind, (most, most))
+
+
+def _be_init_for_a_child() -> None:
+    """Return in a child; here, as pid 1, reap until it ends, and end as it did.
+
+    A command must not be pid 1 itself: the kernel keeps from pid 1 every signal that it has no
+    handler for, its own included (pid_namespaces(7)).
+    """
+    child = os.fork()
+    if child == 0:
+        return
+    os.closerange(0, 1024)
+    while True:
+        pid, status = os.waitpid(-1, 0)
+        if pid == child:
+            code = os.waitstatus_to_exitcode(status)
+            os._exit(code if code >= 0 else 128 - code)
