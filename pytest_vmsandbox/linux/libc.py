@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeAlias
 
-from pytest_vmsandbox.linux.arguments import PathArgument
+from pytest_vmsandbox.linux.arguments import PathArgument, check_range, encode_path
 
 Argument: TypeAlias = int | bytes | Any | None
 """What ctypes turns into the declared C type; `Any` stands for `byref(structure)`."""
@@ -33,6 +33,7 @@ class _Call:
     numbers: tuple[int, int, int, int]
 
 
+_SIGNED = (c_int, c_long)
 _AT = (c_int, c_char_p)
 
 _CALLS = {
@@ -71,7 +72,10 @@ def call_libc(
 
     Raises OSError with errno, the call's name in the sentence, and `path` (and `path2`) as its
     file names. OSError(ENOSYS) where the call can't be made at all; nothing has happened then.
+    ValueError, with nothing done, for a number that its C type would cut, and for a NUL in bytes.
     """
+    if name in _CALLS:
+        _check_arguments(name, _CALLS[name], arguments)
     function = _find_call(name)
     if function is None:
         raise os_error(errno.ENOSYS, name, path, path2)
@@ -91,6 +95,19 @@ def os_error(
     if path2 is None:
         return OSError(code, sentence, os.fsdecode(path))
     return OSError(code, sentence, os.fsdecode(path), None, os.fsdecode(path2))
+
+
+def _check_arguments(name: str, call: _Call, arguments: tuple[Argument, ...]) -> None:
+    """Refuse what ctypes would cut; wrong types and too few arguments it refuses itself."""
+    for place, (argtype, argument) in enumerate(zip(call.argtypes, arguments, strict=False), 1):
+        if isinstance(argument, bytes):
+            encode_path(argument, argument=f"{name}: argument {place}")
+        elif isinstance(argument, int):
+            bits = 8 * ctypes.sizeof(argtype)
+            lowest = -(2 ** (bits - 1)) if argtype in _SIGNED else 0
+            highest = 2**bits - 1 + lowest
+            said = f"{name}: argument {place}"
+            check_range(argument, lowest=lowest, highest=highest, argument=said)
 
 
 @cache

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pytest_vmsandbox.linux import (
+    AT_FDCWD,
     AtLocation,
     Capabilities,
     CapabilitySets,
@@ -25,6 +26,7 @@ from pytest_vmsandbox.linux import (
     mount_setattr,
     move_mount,
     open_tree,
+    openat2,
     pidfd_open,
     pidfd_send_signal,
     pivot_root,
@@ -34,6 +36,7 @@ from pytest_vmsandbox.linux import (
     setns,
     umount,
     unshare,
+    write_identity_maps,
 )
 from pytest_vmsandbox.linux.arguments import (
     bits_of,
@@ -69,6 +72,8 @@ FLAG_CALLS: dict[str, Callable[[int], object]] = {
     "capset: effective": lambda bits: _sets(bits).capset(),
     "eventfd: flags": lambda bits: EventFD(0, bits),
     "pidfd_open: flags": lambda bits: pidfd_open(2**31 - 1, bits),
+    "openat2: flags": lambda bits: openat2(AT_FDCWD, NOWHERE, bits),
+    "openat2: resolve": lambda bits: openat2(AT_FDCWD, NOWHERE, 0, resolve=bits),
     "flags": lambda bits: AtLocation(path=NOWHERE, flags=bits),
 }
 
@@ -129,6 +134,7 @@ NUL_CALLS: dict[str, Callable[[str], object]] = {
     "path  ": lambda bad: move_mount(NOWHERE, bad),
     "path   ": mount_setattr,
     "path    ": lambda bad: AtLocation(path=bad),
+    "path     ": lambda bad: openat2(AT_FDCWD, bad, 0),
     "part": lambda bad: AtLocation(path=NOWHERE).joinpath(bad),
 }
 
@@ -162,6 +168,9 @@ def test_a_nul_is_refused_and_the_argument_named(argument: str, bad: str) -> Non
         ("capget: pid", lambda: CapabilitySets.capget(2**32 + 1)),
         ("eventfd: initval", lambda: EventFD(2**32)),
         ("eventfd: initval", lambda: EventFD(-1)),
+        ("openat2: mode", lambda: openat2(AT_FDCWD, NOWHERE, 0, mode=2**64)),
+        ("fd", lambda: openat2(2**32, NOWHERE, 0)),
+        ("uid", lambda: write_identity_maps(2**22 + 1, uid=2**32, gid=1, deny_setgroups=True)),
         ("fd", lambda: AtLocation(-1, "x")),
         ("fd", lambda: AtLocation(2**32 + 1, "x")),
     ],

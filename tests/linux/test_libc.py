@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from pytest_vmsandbox.linux import (
+    AT_FDCWD,
     AtLocation,
     CapabilitySets,
     CloneFlags,
@@ -21,11 +22,13 @@ from pytest_vmsandbox.linux import (
     PrctlOption,
     UmountFlags,
     call_libc,
+    join_session_keyring,
     libc,
     mount,
     mount_setattr,
     move_mount,
     open_tree,
+    openat2,
     pidfd_open,
     pidfd_send_signal,
     pivot_root,
@@ -73,6 +76,44 @@ def test_arguments_are_typed_before_the_call() -> None:
         call_libc("umount2")
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments", "place"),
+    [
+        ("setns", (2**31, 0), 1),
+        ("setns", (2**32 - 1, 0), 1),  # -1, to a C int
+        ("setns", (-(2**31) - 1, 0), 1),
+        ("umount2", (b"/no such place", 2**32), 2),
+        ("pidfd_open", (2**31 - 1, 2**32), 2),
+        ("pidfd_open", (2**31 - 1, -1), 2),
+        ("prctl", (3, 2**64, 0, 0, 0), 2),
+        ("prctl", (3, 0, 0, 0, -1), 5),
+        ("mount", (None, b"/no such place", None, 2**64, None), 4),
+        ("capget", (2**64, None), 1),
+    ],
+)
+def test_a_number_that_its_type_would_cut_is_refused(
+    name: str, arguments: tuple[object, ...], place: int
+) -> None:
+    with pytest.raises(ValueError, match=rf"^{name}: argument {place}: -?\d+ is not in "):
+        call_libc(name, *arguments)
+
+
+@pytest.mark.parametrize("bad", [b"/no such place\0", b"\0", b"/\0/no such place"])
+def test_a_nul_in_bytes_is_refused(bad: bytes) -> None:
+    with pytest.raises(ValueError, match=r"^umount2: argument 1 holds a NUL byte"):
+        call_libc("umount2", bad, 0)
+
+
+def test_the_ends_of_a_types_range_reach_the_kernel() -> None:
+    for fd in (-(2**31), 2**31 - 1):
+        with pytest.raises(OSError, match="setns: Bad file descriptor"):
+            call_libc("setns", fd, 0)
+    with pytest.raises(OSError, match="pidfd_open: Invalid argument"):
+        call_libc("pidfd_open", 1, 2**32 - 1)
+    with pytest.raises(OSError, match="prctl: Invalid argument"):
+        call_libc("prctl", 38, 2**64 - 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS takes 1 only
+
+
 def test_every_call_works_by_number_where_the_library_has_no_wrapper(in_room: InChild) -> None:
     def body() -> None:
         class Bare:
@@ -103,6 +144,9 @@ def test_every_call_works_by_number_where_the_library_has_no_wrapper(in_room: In
         with pidfd_open(os.getpid()) as pidfd:
             pidfd_send_signal(pidfd, 0)
         CapabilitySets.capget().capset()
+        with openat2(AT_FDCWD, "a", os.O_PATH) as directory:
+            assert os.fstat(directory).st_ino == Path("a").stat().st_ino
+        assert join_session_keyring() > 0
         unshare(CloneFlags.NEWUTS)
         with Path("/proc/self/ns/uts").open() as namespace:
             setns(namespace.fileno(), CloneFlags.NEWUTS)
@@ -166,6 +210,9 @@ def test_ten_thousand_calls_good_and_bad_leave_no_descriptor(in_room: InChild) -
             lambda: open_tree(AtLocation(here), OpenTreeFlags.CLONE).close(),
             lambda: open_tree("/no such place"),
             lambda: open_tree("/mnt\0", OpenTreeFlags.CLONE),
+            lambda: openat2(here, ".", os.O_PATH).close(),
+            lambda: openat2(here, "no such place", os.O_RDONLY),
+            lambda: openat2(here, ".", 1 << 40),
             lambda: pidfd_open(me).close(),
             lambda: pidfd_open(2**31 - 1),
             lambda: move_mount("/no such place", "."),
