@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pytest_vmsandbox.host.facts import Capability, Fact, Tier
+from pytest_vmsandbox.errors import HostUnfit
+from pytest_vmsandbox.host.facts import Capability, Fact, HostFacts, Tier
 
 # What a tier stands on, beside a jail that was built in its way. ROOT stands on being uid 0.
 STANDS_ON: Mapping[Tier, tuple[Capability, ...]] = {
@@ -44,6 +45,26 @@ def choose_tier(facts: Mapping[Capability, Fact], *, uid: int) -> TierChoice:
         blocked = facts[Capability.USER_NAMESPACES]
         return TierChoice(tier=Tier.BARE, reason=f"no way to build walls: {blocked.evidence}")
     return TierChoice(tier=Tier.BARE, reason=f"no jail could be built: {jail.evidence}")
+
+
+def require_tier(wanted: str, facts: HostFacts, *, uid: int) -> Tier:
+    """The tier by that name, or the best one for `auto`; HostUnfit where it is not to be had."""
+    if wanted == "auto":
+        return facts.tier
+    tier = Tier(wanted)
+    if tier is Tier.BARE:
+        return tier
+    for capability in (*STANDS_ON[tier], Capability.JAIL):
+        facts.require(capability)
+    if (tier is Tier.ROOT and uid != 0) or (tier is Tier.USERNS and uid == 0):
+        whose = "root" if tier is Tier.ROOT else "ordinary users, or VMMs would run as root"
+        raise HostUnfit(
+            f"VMS-TIER-{tier.upper()}",
+            f"the tier {tier}",
+            f"it is for {whose}, and we are uid {uid}",
+            "run pytest as another user, or leave the tier to `auto`",
+        )
+    return tier
 
 
 def missing_for(tier: Tier, facts: Mapping[Capability, Fact]) -> tuple[Fact, ...]:

@@ -46,5 +46,8 @@ class OwnedFd(int):
     ) -> None:
         self.close()
 
+    def __str__(self) -> str:
+        return str(int(self))  # as in /proc/self/fd/N
+
     def __repr__(self) -> str:
         return f"<OwnedFd {int(self)}{'' if self._is_open else ', closed'}>"

@@ -19,6 +19,7 @@ from pytest_vmsandbox.errors import HostUnfit
 from pytest_vmsandbox.guest.compiler import agent_binary
 from pytest_vmsandbox.host.facts import Capability, HostFacts, Tier, Verdict
 from pytest_vmsandbox.host.survey import probe_host, settle_kvm
+from pytest_vmsandbox.host.tier import require_tier
 from pytest_vmsandbox.image.cache import ensure_image
 from pytest_vmsandbox.image.image import Image
 from pytest_vmsandbox.image.progress import Progress, SilentProgress
@@ -32,8 +33,12 @@ from pytest_vmsandbox.machine.build import Build
 from pytest_vmsandbox.machine.controller import MachineController
 from pytest_vmsandbox.machine.engine import Engine
 from pytest_vmsandbox.machine.spec import MachineSpec
+from pytest_vmsandbox.machine.walled import WalledLauncher
+from pytest_vmsandbox.machine.walls import Walls
 from pytest_vmsandbox.vmm.bare import BareLauncher
+from pytest_vmsandbox.vmm.launch import Launcher
 from pytest_vmsandbox.vmm.qemu import MODULES_SERIAL, MachineType, QemuConfig
+from pytest_vmsandbox.warden.client import Warden
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +68,7 @@ class Worker:
         # More boots at once than processors only make each of them slower.
         self._booting = asyncio.Semaphore(os.cpu_count() or 1)
         self._facts: HostFacts | None = None
+        self._walls = Walls()
 
     @property
     def facts(self) -> HostFacts:
@@ -113,10 +119,12 @@ class Worker:
             return self._images[wanted]
 
     def close(self) -> None:
-        """Give everything back: the run directory goes, the engine stops."""
+        """Give everything back: wardens end, the engine stops, the run directory goes."""
         try:
-            self.engine.close()  # which kills what still runs
+            if self.engine.running:
+                self.engine.run(self._walls.close())  # which kills what still runs
         finally:
+            self.engine.close()
             self._acquired.close()
 
     async def _boot(self, machine: MachineController) -> None:
@@ -127,9 +135,13 @@ class Worker:
         facts = await self._known_facts()
         facts.require(Capability.QEMU)
         assert facts.qemu is not None  # what was just required has found it
-        _require_tier(spec.tier)
+        tier = require_tier(spec.tier, facts, uid=os.getuid())
         image = await self.image(spec.image)
         accel = await self._accel(spec.accel, image)
+        launcher: Launcher = BareLauncher()
+        if tier is not Tier.BARE:
+            warden = await self._walls.warden(tier, directory=self.directory)
+            launcher, accel = WalledLauncher(warden), _accel_behind_walls(spec, accel, warden)
         number = next(self._numbers)
         directory = self.directory.machine_directory(f"m{number}")
         config = QemuConfig(
@@ -150,8 +162,8 @@ class Worker:
             Build(
                 id=f"{self.directory.id}-{self.settings.id}-m{number}",
                 config=config,
-                launcher=BareLauncher(),
-                tier=Tier.BARE,
+                launcher=launcher,
+                tier=tier,
                 image=image.name,
                 image_digest=image.digest,
                 time_scale=self.settings.timeout_scale * facts.time_scale,
@@ -202,11 +214,15 @@ class Worker:
         )
 
 
-def _require_tier(wanted: str) -> None:
-    if wanted not in ("auto", Tier.BARE):
-        raise HostUnfit(
-            f"VMS-TIER-{wanted.upper()}",
-            f"the tier {wanted}",
-            "this version of pytest-vmsandbox builds no walls: it has the tier bare only",
-            "leave the tier to `auto`",
-        )
+def _accel_behind_walls(spec: MachineSpec, accel: str, warden: Warden) -> str:
+    """The acceleration for a VMM that runs as the warden's user, who may have less than we."""
+    if accel != "kvm" or warden.greeting.kvm:
+        return accel
+    if spec.accel == "auto":
+        return "tcg"
+    raise HostUnfit(
+        "VMS-KVM-DENIED",
+        "KVM for the VMM's own user",
+        f"uid {warden.greeting.uid}, as which VMMs run in this tier, may not open /dev/kvm",
+        "vmsandbox setup (a udev rule), or --vm-tier=bare",
+    )

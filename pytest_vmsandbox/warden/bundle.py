@@ -9,7 +9,9 @@ from __future__ import annotations
 import marshal
 import os
 from functools import cache
+from importlib.machinery import SourceFileLoader
 from importlib.util import MAGIC_NUMBER, find_spec
+from pathlib import Path
 
 _ROOM = "pytest_vmsandbox"
 
@@ -101,8 +103,9 @@ def open_bundle() -> int:
 
 def _load(name: str) -> tuple[str, bytes]:
     spec = find_spec(name)
-    if spec is None or spec.loader is None:
+    if spec is None or spec.origin is None:
         raise ImportError(f"no module {name}")
-    loader = spec.loader
-    source, code = loader.get_source(name), loader.get_code(name)  # type: ignore[attr-defined]
-    return source, marshal.dumps(code)
+    # Not the loader that found it: pytest's rewrites what is its plugin.
+    loader = SourceFileLoader(name, spec.origin)
+    source = Path(spec.origin).read_text(encoding="utf-8")
+    return source, marshal.dumps(loader.get_code(name))
