@@ -119,6 +119,7 @@ class CapabilitySets:
 def _known_here() -> int:
     """The capabilities of the running kernel, which may be older or newer than our list."""
     try:
-        return (2 << int(_LAST_CAPABILITY.read_text(encoding="ascii"))) - 1
+        # As bytes: the first text in an encoding imports its codec, and a jail may have no library.
+        return (2 << int(_LAST_CAPABILITY.read_bytes())) - 1
     except OSError:
         return bits_of(Capabilities)
