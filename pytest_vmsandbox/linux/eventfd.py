@@ -6,18 +6,23 @@ import errno
 import os
 import select
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import IntFlag
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from pytest_vmsandbox.linux.arguments import bits_of, check_bits, check_range
 from pytest_vmsandbox.linux.libc import call_libc, os_error
+from pytest_vmsandbox.linux.owned_fd import OwnedFd
 
 if TYPE_CHECKING:
     import asyncio
 
 _WORD = 8  # eventfd(2): reads and writes are one host-ordered 64-bit number
 _MOST = 2**64 - 2
+_ONE = (1).to_bytes(_WORD, sys.byteorder)
 
 
 class EventFDFlags(IntFlag):
@@ -26,6 +31,9 @@ class EventFDFlags(IntFlag):
     EFD_SEMAPHORE = SEMAPHORE = 0o1
     EFD_NONBLOCK = NONBLOCK = 0o4000
     EFD_CLOEXEC = CLOEXEC = 0o2000000
+
+
+_ALWAYS = int(EventFDFlags.EFD_CLOEXEC | EventFDFlags.EFD_NONBLOCK)
 
 
 class EventFD:
@@ -42,8 +50,11 @@ class EventFD:
         bits = check_bits(flags, allowed=bits_of(EventFDFlags), argument="eventfd: flags")
         self._waits = not bits & EventFDFlags.EFD_NONBLOCK
         self._waiting: dict[asyncio.AbstractEventLoop, set[asyncio.Future[None]]] = {}
-        always = EventFDFlags.EFD_CLOEXEC | EventFDFlags.EFD_NONBLOCK
-        self._fd = call_libc("eventfd", count, bits | int(always))
+        self._alarms: set[int] = set()
+        # Between asking for the number and using it, close() could give it to another file. It
+        # is reentrant since a signal handler may write.
+        self._lock = threading.RLock()
+        self._fd = call_libc("eventfd", count, bits | _ALWAYS)
 
     def fileno(self) -> int:
         """The descriptor, still owned by this object."""
@@ -57,14 +68,17 @@ class EventFD:
         return self._fd < 0
 
     def read(self) -> int:
-        """The count (with SEMAPHORE: 1), taken from it; waits while it is 0."""
+        """The count (with SEMAPHORE: 1), taken from it; waits while it is 0.
+
+        ValueError when another thread closes it meanwhile; so in `write`.
+        """
         while True:
             try:
                 return self._take()
             except BlockingIOError:
                 if not self._waits:
                     raise
-            _wait_readable(self.fileno())
+            self._wait_readable()
 
     async def aread(self) -> int:
         """`read` without blocking the running loop, which may be another one at each call.
@@ -83,20 +97,24 @@ class EventFD:
         number = check_range(value, lowest=0, highest=_MOST, argument="eventfd: value")
         word = number.to_bytes(_WORD, sys.byteorder)
         try:
-            os.write(self.fileno(), word)
+            self._put(word)
         except BlockingIOError:
             if not self._waits:
                 raise os_error(errno.EAGAIN, "eventfd write") from None
             self._write_when_there_is_room(word)
 
     def close(self) -> None:
-        """Close the descriptor; every waiting `aread` raises ValueError. Twice is harmless.
+        """Close the descriptor; whoever waits gets a ValueError. Twice is harmless.
 
-        To be called in the thread of the loop that waits, or while none does.
+        A `read` or `write` may wait in any thread. Where an `aread` waits, it is to be called in
+        the thread of its loop.
         """
-        fd, self._fd = self._fd, -1
-        if fd < 0:
-            return
+        with self._lock:
+            fd, self._fd = self._fd, -1
+            if fd < 0:
+                return
+            for alarm in self._alarms:
+                os.write(alarm, _ONE)
         for loop, futures in self._waiting.items():
             if not loop.is_closed():
                 loop.remove_reader(fd)
@@ -121,23 +139,53 @@ class EventFD:
 
     def _take(self) -> int:
         try:
-            word = os.read(self.fileno(), _WORD)
+            with self._lock:
+                word = os.read(self.fileno(), _WORD)
         except BlockingIOError:
             raise os_error(errno.EAGAIN, "eventfd read") from None
         return int.from_bytes(word, sys.byteorder)
 
+    def _put(self, word: bytes) -> None:
+        with self._lock:
+            os.write(self.fileno(), word)
+
+    def _wait_readable(self) -> None:
+        """Wait until a read may succeed, or close() was called in another thread."""
+        poller = select.poll()
+        with self._alarm() as alarm:
+            poller.register(alarm, select.POLLIN)
+            with self._lock:
+                poller.register(self.fileno(), select.POLLIN)
+            # Closed from here on, the number may be another file's: the alarm is raised then.
+            poller.poll()
+
     def _write_when_there_is_room(self, word: bytes) -> None:
-        with select.epoll() as room:
-            # Edge-triggered: the kernel reports room as soon as there is room for a 1, so that
-            # for more than that only the next read is news.
-            room.register(self.fileno(), select.EPOLLOUT | select.EPOLLET)
+        with self._alarm() as alarm, select.epoll() as room:
+            room.register(alarm, select.EPOLLIN)
+            with self._lock:
+                # Edge-triggered: the kernel reports room as soon as there is room for a 1, so that
+                # for more than that only the next read is news.
+                room.register(self.fileno(), select.EPOLLOUT | select.EPOLLET)
             while True:
                 room.poll()
                 try:
-                    os.write(self.fileno(), word)
+                    self._put(word)
                 except BlockingIOError:
                     continue
                 return
+
+    @contextmanager
+    def _alarm(self) -> Iterator[int]:
+        """A descriptor that is readable from the moment that close() is called."""
+        with OwnedFd(call_libc("eventfd", 0, _ALWAYS)) as alarm:
+            with self._lock:
+                self.fileno()
+                self._alarms.add(alarm)
+            try:
+                yield alarm
+            finally:
+                with self._lock:
+                    self._alarms.discard(alarm)
 
     async def _readable(self) -> None:
         """Wait until a read may succeed, or close() was called; nothing is taken here."""
@@ -166,9 +214,3 @@ def _wake(futures: set[asyncio.Future[None]]) -> None:
     for future in futures:
         if not future.done():
             future.set_result(None)
-
-
-def _wait_readable(fd: int) -> None:
-    poller = select.poll()
-    poller.register(fd, select.POLLIN)
-    poller.poll()

@@ -6,9 +6,11 @@ import asyncio
 import fcntl
 import os
 import resource
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 
@@ -113,6 +115,46 @@ def test_a_write_waits_for_room_for_all_of_it(counter: EventFD, already: int, mo
 
     # Had the write not waited, the first read would have found the sum.
     assert (first, second) == (already, more)
+
+
+@pytest.mark.parametrize("use", ["read", "write"])
+def test_closing_ends_what_waits_in_other_threads(use: str) -> None:
+    before = open_descriptors()
+    counter = EventFD()
+    if use == "write":
+        counter.write(2**64 - 2)
+    ended: list[str] = []
+
+    def wait() -> None:
+        with pytest.raises(ValueError, match="this EventFD is closed") as caught:
+            getattr(counter, use)()
+        ended.append(str(caught.value))
+
+    threads = [threading.Thread(target=wait) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    while len(counter._alarms) < len(threads):
+        time.sleep(0.001)
+    counter.close()
+    for thread in threads:
+        thread.join(timeout=20)
+
+    assert len(ended) == len(threads)
+    assert counter._alarms == set()
+    assert open_descriptors() == before
+
+
+def test_a_signal_handler_may_write_while_a_read_waits(counter: EventFD) -> None:
+    def write(_number: int, _frame: object) -> None:
+        counter.write(3)
+
+    former = signal.signal(signal.SIGALRM, write)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.01)
+        assert counter.read() == 3
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, former)
 
 
 @pytest.mark.parametrize("value", [-1, 2**64 - 1, 2**64])
