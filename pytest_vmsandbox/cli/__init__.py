@@ -21,6 +21,8 @@ COMMANDS = {
     "image": "build, list, verify and remove images",
     "run": "one command in a fresh machine; its exit status is ours",
     "shell": "a terminal in a fresh machine",
+    "ps": "the runs on this host, their machines, and what dead runs left",
+    "reap": "undo what dead runs left, and name what is in doubt",
 }
 
 

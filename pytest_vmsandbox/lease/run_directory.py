@@ -1,34 +1,22 @@
-"""The run directory: short, private, marked as ours, and swept up after a crash by the next run."""
+"""The run directory: short, private, marked as ours, and reaped after a crash by the next run."""
 
 from __future__ import annotations
 
-import fcntl
 import os
-import re
 import secrets
-import shutil
 import stat
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from filelock import FileLock
-
 from pytest_vmsandbox.errors import HostUnfit, TeardownRefused
-from pytest_vmsandbox.host.run_directory import RUN_DIRECTORY_MARKER, mark_run_directory
-from pytest_vmsandbox.linux import read_mountinfo
-
-LOCK = "lock"
-
-# A removal begins with this new name, so that nobody finds half a run directory under its own.
-DEAD = ".dead-"
-
-NAME = re.compile(r"r[0-9a-f]{8}-.+")
-
-# Between a run directory's mkdir and its mark lie milliseconds.
-UNMARKED_LIMIT_S = 60.0
+from pytest_vmsandbox.host.run_directory import mark_run_directory
+from pytest_vmsandbox.lease.layout import LEDGER, Leftover
+from pytest_vmsandbox.lease.ledger import Ledger
+from pytest_vmsandbox.lease.locks import hold_base_lock, hold_lock_of_the_living
+from pytest_vmsandbox.lease.privilege import best_privilege
+from pytest_vmsandbox.lease.reaper import end_run, reap
 
 # AF_UNIX paths end at 108 bytes, NUL included (unix(7)); the longest name that we put below
 # a base is "/r0123abcd-gw999/m999/console.sock".
@@ -37,10 +25,16 @@ BASE_LIMIT = 108 - 40
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunDirectory:
-    """Where one worker of one run keeps its machines' sockets and logs; `id` names it."""
+    """Where one worker of one run keeps its machines' sockets and logs; `id` names it.
+
+    What is acquired is first put down in `ledger`. `leftovers` is what was found of earlier runs,
+    or at the end of this one, and had to be left in place.
+    """
 
     id: str
     path: Path
+    ledger: Ledger
+    leftovers: list[Leftover] = field(default_factory=list)
 
     def machine_directory(self, name: str) -> Path:
         """A new private directory for a machine."""
@@ -62,134 +56,66 @@ def default_base() -> Path:
 
 @contextmanager
 def open_run_directory(base: Path, *, worker: str) -> Iterator[RunDirectory]:
-    """A fresh run directory below `base`, removed on the way out.
+    """A fresh run directory below `base`, on the way out undone by its ledger and removed.
 
-    What dead runs of ours left below `base` is removed first. Raises HostUnfit when `base`
-    is not ours alone, is too long for a socket's path, or can't be made.
+    What dead runs of ours left below `base` is undone first. Raises HostUnfit when `base` is not
+    ours alone, is too long for a socket's path, or can't be made; TeardownRefused, on the way out,
+    when something had to be left, which is then in `leftovers` too.
     """
-    base = base.absolute()  # once, and used everywhere below
+    base = settled(base)
     make_private(base)
-    sweep(base)
+    reaped = reap(base)
     identity = f"r{secrets.token_hex(4)}"
     path = base / f"{identity}-{worker}"
-    path.mkdir(mode=0o700)
-    # Held while we live and let go by the kernel however we die: that is how the next run
-    # tells a dead run from a live one.
-    with FileLock(path / LOCK, mode=0o600, thread_local=False):
-        mark_run_directory(path)
-        try:
-            yield RunDirectory(id=identity, path=path)
-        finally:
-            remove(path)
-
-
-def sweep(base: Path) -> list[Path]:
-    """Remove what dead runs of ours left directly below `base`; returns what was removed.
-
-    That is run directories whose lock nobody holds, those whose removal was interrupted, and
-    those whose run died before it could mark them. Everything else stays in place. Other
-    processes may do the same at the same time.
-    """
-    removed: list[Path] = []
-    for path in sorted(base.iterdir()):
-        # it lives, somebody else removed it, or it can't be proved ours
-        with suppress(TeardownRefused, OSError):
-            if _sweep_one(path):
-                removed.append(path)
-    return removed
-
-
-def _sweep_one(path: Path) -> bool:
-    if path.name.startswith(DEAD):
-        # No lock: nobody but a remover uses it, and removers don't hurt each other.
-        _require_ours(path)
-        _clear(path)
-        return True
-    if (path / RUN_DIRECTORY_MARKER).is_file() and not path.is_symlink():
-        with _lock_of_the_dead(path):
-            remove(path)
-        return True
-    return bool(NAME.fullmatch(path.name)) and _remove_unmarked(path)
-
-
-def remove(path: Path) -> None:
-    """Remove a run directory: ours by owner and marker, nothing mounted below it.
-
-    The caller holds its lock. Raises TeardownRefused, with all of it still in place, when that
-    does not hold. After any other failure what is left is called `.dead-...` and is taken up by
-    the next sweep.
-    """
-    _require_ours(path)
-    if not (path / RUN_DIRECTORY_MARKER).is_file():
-        raise TeardownRefused(
-            str(path), f"it lacks our marker {RUN_DIRECTORY_MARKER}", f"ls -la {path}"
+    with ExitStack() as held:
+        directory = RunDirectory(
+            id=identity,
+            path=path,
+            ledger=_begin(path, worker=worker, held=held),
+            leftovers=reaped.leftovers,
         )
-    _require_nothing_mounted(path)
-    # A run that saw the marker under the old name finds nothing there from now on.
-    dead = path.with_name(DEAD + path.name)
-    path.rename(dead)
-    _clear(dead)
+        owner = os.getpid()
+        try:
+            yield directory
+        finally:
+            # A process that was forked from ours may get here too; what is there is not its own.
+            if os.getpid() == owner:
+                _end(directory)
 
 
-def _clear(dead: Path) -> None:
-    """Remove it with all that is in it, though others may be removing it as well."""
-    _require_nothing_mounted(dead)
-    while dead.is_dir():
-        with suppress(FileNotFoundError):  # another remover was faster: see what remains
-            for entry in dead.iterdir():
-                if entry.name in (RUN_DIRECTORY_MARKER, LOCK):
-                    continue
-                if entry.is_dir() and not entry.is_symlink():
-                    shutil.rmtree(entry)
-                else:
-                    entry.unlink()
-            # The marker goes late: `sudo_rm` removes strangers' files only below one.
-            (dead / RUN_DIRECTORY_MARKER).unlink(missing_ok=True)
-            (dead / LOCK).unlink(missing_ok=True)
-            dead.rmdir()
+def settled(base: Path) -> Path:
+    """`base` as it is called everywhere from now on: absolute, and no link leads to it.
 
-
-def _remove_unmarked(path: Path) -> bool:
-    """Remove what a run left that died between mkdir and mark: nothing in it but a lock."""
-    state = _require_ours(path)
-    if time.time() - state.st_mtime < UNMARKED_LIMIT_S:
-        return False
-    names = [entry.name for entry in path.iterdir()]
-    if names == [LOCK]:
-        with _lock_of_the_dead(path):
-            (path / LOCK).unlink()
-            path.rmdir()
-    elif not names:
-        path.rmdir()
-    return not path.exists()
-
-
-@contextmanager
-def _lock_of_the_dead(path: Path) -> Iterator[None]:
-    """Hold the lock that a dead run left; BlockingIOError when somebody holds it.
-
-    Not a FileLock, which makes what is missing, the directory too: a run that ends just now
-    would come back as an empty shell. Both are flock(2), so they exclude each other.
+    It may be one itself; whoever uses it refuses that.
     """
-    lock = os.open(path / LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    return Path(os.path.realpath(base.absolute().parent), base.name)
+
+
+def _begin(path: Path, *, worker: str, held: ExitStack) -> Ledger:
+    """Make the run directory, locked and marked. Whoever dies in here has acquired nothing yet."""
+    with hold_base_lock(path.parent):
+        path.mkdir(mode=0o700)
+        # Held while we live: that is how the next run tells a dead run from a live one.
+        held.enter_context(hold_lock_of_the_living(path))
+        ledger = Ledger.create(path / LEDGER, worker=worker)
+        held.callback(ledger.close)
+        # The mark comes last: what carries it has a lock and a ledger.
+        mark_run_directory(path)
+    return ledger
+
+
+def _end(directory: RunDirectory) -> None:
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(lock)
-
-
-def _require_ours(path: Path) -> os.stat_result:
-    state = path.lstat()
-    if not stat.S_ISDIR(state.st_mode) or state.st_uid != os.getuid():
-        raise TeardownRefused(str(path), "it is not a directory of ours", f"ls -ld {path}")
-    return state
-
-
-def _require_nothing_mounted(path: Path) -> None:
-    if mounted := [entry.mount_point for entry in read_mountinfo() if entry.is_below(path)]:
-        shown = ", ".join(map(str, mounted))
-        raise TeardownRefused(str(path), f"still mounted: {shown}", "findmnt")
+        left = end_run(directory.path, privilege=best_privilege(), report=lambda _line: None)
+    except TeardownRefused as refused:
+        directory.leftovers.append(
+            Leftover(path=Path(refused.path), reason=refused.because, inspect=refused.inspect)
+        )
+        raise
+    directory.leftovers.extend(left)
+    if left:
+        reasons = "; ".join(leftover.reason for leftover in left)
+        raise TeardownRefused(str(directory.path), reasons, left[0].inspect)
 
 
 def make_private(base: Path) -> None:
