@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-pytest_plugins = ["pytester"]
+pytest_plugins = ["pytester", "tests.people"]
 
 _MACHINE_FIXTURES = frozenset(
     {"vm", "async_vm", "vm_factory", "async_vm_factory", "vm_module", "vm_session", "worker"}

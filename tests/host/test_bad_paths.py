@@ -33,7 +33,7 @@ from pytest_vmsandbox.host.permissions import (
     verify_user_access,
 )
 from pytest_vmsandbox.host.run_directory import is_below_run_directory, mark_run_directory
-from tests.host.conftest import CHECKOUT, as_user, plain_environment
+from tests.people import CHECKOUT, as_user, plain_environment
 
 if TYPE_CHECKING:
     from tests.host.conftest import Stubs

@@ -17,7 +17,7 @@ from pytest_vmsandbox.host import peer_process, socket_auth
 from pytest_vmsandbox.host.peer_process import read_effective_uid, stands_for_others
 from pytest_vmsandbox.host.socket_auth import verify_machine_peer, verify_socket_peer
 from pytest_vmsandbox.linux.process_identity import ProcessIdentity
-from tests.host.conftest import CHECKOUT, as_user, plain_environment
+from tests.people import CHECKOUT, as_user, plain_environment
 
 root_only = pytest.mark.skipif(os.getuid() != 0, reason="takes root: it has servers of other users")
 

@@ -17,7 +17,7 @@ import pytest
 from pytest_vmsandbox.host.run_directory import mark_run_directory
 
 if TYPE_CHECKING:
-    from tests.host.conftest import Kind, Person
+    from tests.people import Kind, Person
 
 # What each user can do, by the name of the question in ASK.
 ANSWERS: dict[str, dict[str, bool]] = {

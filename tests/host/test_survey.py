@@ -16,7 +16,8 @@ from pytest_vmsandbox.host.facts import Accel, Capability, HostFacts, Tier, Verd
 from pytest_vmsandbox.host.survey import probe_host, settle_kvm
 
 if TYPE_CHECKING:
-    from tests.host.conftest import Person, Stubs
+    from tests.host.conftest import Stubs
+    from tests.people import Person
 
 SURVEY = """
 import asyncio, json, tempfile
