@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
 import pytest
 
 pytest_plugins = ["pytester", "tests.people"]
@@ -21,3 +25,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if not _MACHINE_FIXTURES.isdisjoint(getattr(item, "fixturenames", ())):
             item.add_marker("machine")
+
+
+@pytest.fixture
+def scratch() -> Iterator[Path]:
+    """A folder that other users can reach, unlike `tmp_path`; gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix="vmst-", dir="/tmp") as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+@pytest.fixture
+def open_descriptors() -> Callable[[], list[str]]:
+    """Lists what this process holds open, to be compared before and after."""
+
+    def listed() -> list[str]:
+        return sorted(entry.name for entry in Path("/proc/self/fd").iterdir())
+
+    return listed

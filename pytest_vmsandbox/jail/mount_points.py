@@ -106,8 +106,10 @@ class _Held:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 return  # who uses it will remove it
-            if self._is_at_its_place(seen):
+            in_place = self._is_at_its_place(seen)
+            if in_place or seen.st_nlink == 0:
                 self._register.forget(seen)
+            if in_place:
                 self._remove(seen)
 
     def _is_at_its_place(self, seen: os.stat_result) -> bool:

@@ -240,8 +240,11 @@ def _parse_stream(name: str, value: Stream) -> Stream:
             return None
         case bool():
             pass
+        case int() if value in known:
+            return value
         case int():
-            if value >= 0 or value in known:
+            with suppress(OSError, OverflowError):
+                os.fstat(value)
                 return value
         case _:
             with suppress(AttributeError, OSError, ValueError):
@@ -254,6 +257,8 @@ def _parse_stream(name: str, value: Stream) -> Stream:
 
 
 def _real_path(name: str, path: str) -> str:
+    if not path:
+        raise RequestInvalid(f"{name} {path!r} is no path")
     try:
         return os.path.realpath(path, strict=True)
     except OSError as error:
@@ -266,4 +271,8 @@ def _text(name: str, value: object) -> str:
     text = str(value)
     if "\0" in text:
         raise RequestInvalid(f"{name}={text!r:.200} must not hold a NUL")
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        raise RequestInvalid(f"{name}={text!r:.200} can't be encoded") from None
     return text

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,14 +66,6 @@ def only_stubs(stubs: Stubs, monkeypatch: pytest.MonkeyPatch) -> Stubs:
 # Folders and file systems
 
 
-@pytest.fixture
-def scratch() -> Iterator[Path]:
-    """A folder that other users can reach, unlike `tmp_path`; gone afterwards."""
-    with tempfile.TemporaryDirectory(prefix="vmst-", dir="/tmp") as name:
-        Path(name).chmod(0o755)
-        yield Path(name)
-
-
 @contextmanager
 def mounted(target: Path, *arguments: str | Path) -> Iterator[Path]:
     """Mount something on `target`, which is made; skip the test where mount(8) refuses."""
@@ -117,16 +108,6 @@ def without_acls(scratch: Path) -> Iterator[Path]:
 
 
 # What must not be left behind
-
-
-@pytest.fixture
-def open_descriptors() -> Callable[[], list[str]]:
-    """Lists what this process holds open, to be compared before and after."""
-
-    def listed() -> list[str]:
-        return sorted(entry.name for entry in Path("/proc/self/fd").iterdir())
-
-    return listed
 
 
 @pytest.fixture(autouse=True)
