@@ -8,8 +8,6 @@ from enum import IntFlag
 from pytest_vmsandbox.linux.capabilities import CapabilitySets
 from pytest_vmsandbox.linux.prctl import PrctlOption, prctl
 
-_CAP_AMBIENT_CLEAR_ALL = 4  # PR_CAP_AMBIENT_CLEAR_ALL
-
 
 class SecureBits(IntFlag):
     """SECBIT_* of <linux/securebits.h> (capabilities(7)); each also without its prefix."""
@@ -46,8 +44,7 @@ def drop_all_capabilities() -> None:
     """
     _empty_bounding_set()
     _lock_secure_bits()
-    prctl(PrctlOption.PR_CAP_AMBIENT, _CAP_AMBIENT_CLEAR_ALL)
-    CapabilitySets().capset()
+    CapabilitySets().capset()  # which takes the ambient ones along: they must be permitted
 
 
 def _empty_bounding_set() -> None:
