@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pytest_vmsandbox.deadline import Deadline
 from pytest_vmsandbox.errors import TeardownRefused
 from pytest_vmsandbox.lease.layout import LATE, look_at
 from pytest_vmsandbox.lease.place import O_PATH, Place, mount_id_of
@@ -20,7 +21,7 @@ from pytest_vmsandbox.lease.place import O_PATH, Place, mount_id_of
 _DEEPEST = 64
 
 # Somebody may write while we remove; who never stops is not waited for.
-_PASSES = 10
+_LONGEST_S = 60.0
 
 _SHOWN = 3
 
@@ -56,12 +57,13 @@ def remove_tree(place: Place) -> None:
 def clear_tree(place: Place) -> list[Kept]:
     """The same, but what stays is given back; nothing does when the list is empty."""
     late = LATE if place.is_run_directory else ()
-    for _ in range(_PASSES):
+    deadline = Deadline.after(seconds=_LONGEST_S)
+    while not deadline.passed:
         walk = _Walk(place)
         walk.clear_root(besides=late)
         if walk.kept:
             return walk.kept
-        if walk.moved:
+        if walk.again:
             continue
         for name in late:
             with suppress(FileNotFoundError):
@@ -95,7 +97,7 @@ class _Walk:
 
     place: Place
     kept: list[Kept] = field(default_factory=list)
-    moved: bool = False
+    again: bool = False
     _mount_id: int = 0
     _device: int = 0
 
@@ -150,7 +152,7 @@ class _Walk:
         # Across mounts the kernel refuses (EXDEV), as it does to move what is mounted on (EBUSY).
         new_name = f".deep-{secrets.token_hex(8)}"
         os.rename(name, new_name, src_dir_fd=parent, dst_dir_fd=self.place.directory)
-        self.moved = True
+        self.again = True
 
     def _require_same_mount(self, folder: int) -> None:
         # The device as well: a btrfs subvolume is another one within the same mount.
@@ -160,7 +162,7 @@ class _Walk:
     def _keep(self, below: Path, error: OSError) -> None:
         # Gone: another remover was faster. Not empty: the next pass sees what came in.
         if error.errno == errno.ENOTEMPTY:
-            self.moved = True
+            self.again = True
         elif error.errno != errno.ENOENT:
             self.kept.append(_kept(below, error))
 

@@ -68,7 +68,7 @@ def detach_mounts(path: Path, *, privilege: Privilege) -> None:
     Raises TeardownRefused, naming them, when mounts are left, be they old or new.
     """
     left = mounts_at_or_below(read_mountinfo(), path)
-    first_seen = {mount.mount_id for mount in left}
+    first_seen = frozenset(left)  # not their ids alone, which the kernel gives out again
     complaints: dict[str, str] = {}
     while left:
         for mount in left:
@@ -76,7 +76,7 @@ def detach_mounts(path: Path, *, privilege: Privilege) -> None:
                 complaints[mount.mount_point] = complaint
         # One that lay hidden under another can be reached now. What is new is not ours to take.
         now = mounts_at_or_below(read_mountinfo(), path)
-        remaining = tuple(mount for mount in now if mount.mount_id in first_seen)
+        remaining = tuple(mount for mount in now if mount in first_seen)
         if len(remaining) >= len(left):
             break
         left = remaining

@@ -1,0 +1,20 @@
+"""What the tests of this room share: short bases, and throw-away children with mounts."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.linux.conftest import in_room, user_id
+
+__all__ = ["in_room", "user_id"]  # fixtures, found here by their names
+
+
+@pytest.fixture
+def base() -> Iterator[Path]:
+    # pytest's own directories are too long for a socket's path
+    with tempfile.TemporaryDirectory(prefix="vmsb-") as short:
+        yield Path(short).resolve() / "b"
