@@ -52,10 +52,9 @@ def main(line: socket.socket) -> None:
     peer = _trusted_peer(line)
     rootful = os.geteuid() == 0
     if not rootful:
+        uid, gid = os.geteuid(), os.getegid()  # in the new namespace nobody is mapped yet
         unshare(CloneFlags.CLONE_NEWUSER)
-        write_identity_maps(
-            os.getpid(), uid=os.geteuid(), gid=os.getegid(), deny_setgroups=True
-        )
+        write_identity_maps(os.getpid(), uid=uid, gid=gid, deny_setgroups=True)
     # Whoever started us is gone: be gone too. Not earlier: a new user namespace may end it.
     prctl_set_pdeathsig(signal.SIGKILL)
     unshare(CloneFlags.CLONE_NEWNS | CloneFlags.CLONE_NEWPID | CloneFlags.CLONE_NEWIPC)
