@@ -11,7 +11,10 @@ import pytest
 pytest_plugins = ["pytester", "tests.people"]
 
 _MACHINE_FIXTURES = frozenset(
-    {"vm", "async_vm", "vm_factory", "async_vm_factory", "vm_module", "vm_session", "worker"}
+    {
+        *("vm", "async_vm", "vm_factory", "async_vm_factory", "vm_module", "vm_session"),
+        *("vm_jail", "worker"),
+    }
 )
 
 

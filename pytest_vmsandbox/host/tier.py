@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -47,8 +48,9 @@ def choose_tier(facts: Mapping[Capability, Fact], *, uid: int) -> TierChoice:
     return TierChoice(tier=Tier.BARE, reason=f"no jail could be built: {jail.evidence}")
 
 
-def require_tier(wanted: str, facts: HostFacts, *, uid: int) -> Tier:
-    """The tier by that name, or the best one for `auto`; HostUnfit where it is not to be had."""
+def require_tier(wanted: str, facts: HostFacts, *, uid: int | None = None) -> Tier:
+    """The tier by that name, or the best one for `auto`; HostUnfit where we can't have it."""
+    uid = os.getuid() if uid is None else uid
     if wanted == "auto":
         return facts.tier
     tier = Tier(wanted)
@@ -63,6 +65,20 @@ def require_tier(wanted: str, facts: HostFacts, *, uid: int) -> Tier:
             f"the tier {tier}",
             f"it is for {whose}, and we are uid {uid}",
             "run pytest as another user, or leave the tier to `auto`",
+        )
+    return tier
+
+
+def require_walls(wanted: str, facts: HostFacts) -> Tier:
+    """The same for what can't be done without walls: HostUnfit in the tier BARE as well."""
+    tier = require_tier(wanted, facts)
+    if tier is Tier.BARE:
+        facts.require(Capability.JAIL)
+        raise HostUnfit(
+            "VMS-TIER-BARE",
+            "walls for a command of the host",
+            "the tier bare, which was asked for, has none",
+            "leave the tier to `auto`",
         )
     return tier
 

@@ -14,7 +14,6 @@ from pytest_vmsandbox.machine.commands import CONDITION_S, Commands
 from pytest_vmsandbox.machine.files import Files
 from pytest_vmsandbox.machine.power import Power
 
-
 # Where the VMM leaves a picture of its display, in its own directory; the next one replaces it.
 PICTURE = "screenshot.png"
 

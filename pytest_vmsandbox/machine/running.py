@@ -419,6 +419,7 @@ async def open_running(
                 launcher.launch(
                     LaunchRequest(
                         id=order.id,
+                        name=order.config.name,
                         argv=order.command,
                         directory=order.config.directory,
                         log=order.log,

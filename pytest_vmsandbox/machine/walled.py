@@ -134,9 +134,8 @@ class WalledLauncher:
 
 
 def _streams(request: LaunchRequest) -> Iterator[IO[bytes]]:
-    yield Path(os.devnull).open("rb")
-    yield request.log.open("ab")
-    yield request.log.open("ab")
+    for path, mode in ((Path(os.devnull), "rb"), (request.log, "ab"), (request.log, "ab")):
+        yield path.open(mode)
 
 
 def _order(request: LaunchRequest) -> Launch:

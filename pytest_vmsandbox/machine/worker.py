@@ -19,10 +19,13 @@ from pytest_vmsandbox.errors import HostUnfit
 from pytest_vmsandbox.guest.compiler import agent_binary
 from pytest_vmsandbox.host.facts import Capability, HostFacts, Tier, Verdict
 from pytest_vmsandbox.host.survey import probe_host, settle_kvm
-from pytest_vmsandbox.host.tier import require_tier
+from pytest_vmsandbox.host.tier import require_tier, require_walls
 from pytest_vmsandbox.image.cache import ensure_image
 from pytest_vmsandbox.image.image import Image
 from pytest_vmsandbox.image.progress import Progress, SilentProgress
+from pytest_vmsandbox.jail.sandbox_config import SandboxConfig
+from pytest_vmsandbox.jail.sandbox_run import Ended, run_in
+from pytest_vmsandbox.lease.layout import Leftover
 from pytest_vmsandbox.lease.run_directory import (
     RunDirectory,
     default_base,
@@ -32,6 +35,7 @@ from pytest_vmsandbox.lease.run_directory import (
 from pytest_vmsandbox.machine.build import Build
 from pytest_vmsandbox.machine.controller import MachineController
 from pytest_vmsandbox.machine.engine import Engine
+from pytest_vmsandbox.machine.recorded import RecordedLauncher
 from pytest_vmsandbox.machine.spec import MachineSpec
 from pytest_vmsandbox.machine.walled import WalledLauncher
 from pytest_vmsandbox.machine.walls import Walls
@@ -82,6 +86,11 @@ class Worker:
         """The run directory, made and locked on first use."""
         return self._acquired.enter_context(open_run_directory(self._base, worker=self.settings.id))
 
+    @property
+    def leftovers(self) -> Sequence[Leftover]:
+        """What earlier runs, or this one at its end, had to leave in place."""
+        return self.directory.leftovers if "directory" in vars(self) else ()
+
     async def make(self, specs: Sequence[MachineSpec]) -> list[MachineController]:
         """Machines of these shapes, not powered on yet.
 
@@ -111,6 +120,11 @@ class Worker:
         if failures:
             raise ExceptionGroup("machines did not end in good order", failures)
 
+    async def run_behind_walls(self, config: SandboxConfig, *, tier: str) -> Ended:
+        """Run a command of the host in the warden of that tier; HostUnfit where there is none."""
+        walled = require_walls(tier, await self._known_facts())
+        return await run_in(await self._warden(walled), config)
+
     async def image(self, wanted: str) -> Image:
         """The image by that name or path; built, by whoever comes first, when it is not there."""
         async with self._preparing:
@@ -119,7 +133,10 @@ class Worker:
             return self._images[wanted]
 
     def close(self) -> None:
-        """Give everything back: wardens end, the engine stops, the run directory goes."""
+        """Give everything back: wardens end, the engine stops, the run directory goes.
+
+        Raises TeardownRefused when something had to be left, which is then in `leftovers`.
+        """
         try:
             if self.engine.running:
                 self.engine.run(self._walls.close())  # which kills what still runs
@@ -135,13 +152,11 @@ class Worker:
         facts = await self._known_facts()
         facts.require(Capability.QEMU)
         assert facts.qemu is not None  # what was just required has found it
-        tier = require_tier(spec.tier, facts, uid=os.getuid())
+        tier = require_tier(spec.tier, facts)
         image = await self.image(spec.image)
         accel = await self._accel(spec.accel, image)
-        launcher: Launcher = BareLauncher()
         if tier is not Tier.BARE:
-            warden = await self._walls.warden(tier, directory=self.directory)
-            launcher, accel = WalledLauncher(warden), _accel_behind_walls(spec, accel, warden)
+            accel = _accel_behind_walls(spec, accel, await self._warden(tier))
         number = next(self._numbers)
         directory = self.directory.machine_directory(f"m{number}")
         config = QemuConfig(
@@ -162,13 +177,25 @@ class Worker:
             Build(
                 id=f"{self.directory.id}-{self.settings.id}-m{number}",
                 config=config,
-                launcher=launcher,
+                launcher=await self._launcher(tier),
                 tier=tier,
                 image=image.name,
                 image_digest=image.digest,
                 time_scale=self.settings.timeout_scale * facts.time_scale,
             )
         )
+
+    async def _launcher(self, tier: Tier) -> Launcher:
+        ledger = self.directory.ledger
+        if tier is Tier.BARE:
+            return RecordedLauncher(BareLauncher(), ledger=ledger, tier=tier)
+        warden = await self._warden(tier)
+        return RecordedLauncher(
+            WalledLauncher(warden), ledger=ledger, tier=tier, groups=warden.greeting.groups
+        )
+
+    async def _warden(self, tier: Tier) -> Warden:
+        return await self._walls.warden(tier, directory=self.directory)
 
     async def _accel(self, wanted: str, image: Image) -> str:
         facts = await self._known_facts()

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pytest_vmsandbox.host.facts import HostFacts
     from pytest_vmsandbox.machine.async_machine import AsyncMachine
     from pytest_vmsandbox.machine.controller import MachineController
+    from pytest_vmsandbox.machine.jail import Jail
     from pytest_vmsandbox.machine.machine import Machine
     from pytest_vmsandbox.machine.spec import MachineSpec
 
@@ -42,6 +43,16 @@ class AsyncMachineFactory(Protocol):
 def vm_host(pytestconfig: pytest.Config) -> HostFacts:
     """Every capability of this host with evidence and remedy; `.tier`, `.accel`."""
     return worker_of(pytestconfig).facts
+
+
+@pytest.fixture(scope="session")
+def vm_jail(pytestconfig: pytest.Config) -> Jail:
+    """The walls of this worker: `.run(argv, ...)` runs a command of the host behind them."""
+    from pytest_vmsandbox.machine.jail import Jail
+
+    jail = Jail(worker_of(pytestconfig), tier=pytestconfig.stash[SETTINGS].tier)
+    jail.require()
+    return jail
 
 
 @pytest.fixture(scope="session")

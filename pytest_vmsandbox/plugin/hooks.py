@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pytest_vmsandbox.errors import HostUnfit, RequestInvalid
+from pytest_vmsandbox.errors import (
+    HostUnfit,
+    RequestInvalid,
+    TeardownRefused,
+    VmSandboxError,
+    visible,
+)
 from pytest_vmsandbox.plugin.expectations import guests_ending_as_expected
 from pytest_vmsandbox.plugin.holding import begin, forget_ended, machines_of
 from pytest_vmsandbox.plugin.markers import (
@@ -32,12 +38,17 @@ if TYPE_CHECKING:
     from pytest_vmsandbox.machine.worker import Worker
 
 FIXTURES = frozenset(
-    {"vm", "async_vm", "vm_factory", "async_vm_factory", "vm_module", "vm_session", "vm_host"}
+    {
+        *("vm", "async_vm", "vm_factory", "async_vm_factory", "vm_module", "vm_session"),
+        *("vm_host", "vm_jail"),
+    }
 )
 
 
 HOST_LINES = "vmsandbox_host"
+LEFTOVER_LINES = "vmsandbox_leftovers"
 WORKERS_HOST = pytest.StashKey[list[str]]()
+LEFTOVERS = pytest.StashKey[list[str]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -72,7 +83,7 @@ def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Ite
     """Say which acceleration and tier the machines get and why, where a test asks for one."""
     if config.option.collectonly or not any(_needs_machine(item) for item in items):
         return []
-    return _host_lines(worker_of(config))
+    return _host_lines(worker_of(config), config.stash[SETTINGS].tier)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -111,27 +122,37 @@ def pytest_runtest_makereport(
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Tell the controller (xdist) what this worker's host can do."""
+    """Give everything back; tell the controller (xdist) of this worker's host and leftovers."""
+    worker = started_worker(session.config)
+    if worker is None:
+        return
+    tier = session.config.stash[SETTINGS].tier
+    host, left = _host_lines(worker, tier), _close(worker)
     output = getattr(session.config, "workeroutput", None)
-    if output is not None and (worker := started_worker(session.config)):
-        output[HOST_LINES] = _host_lines(worker)
+    if output is None:
+        session.config.stash[LEFTOVERS] = left
+    else:
+        output[HOST_LINES], output[LEFTOVER_LINES] = host, left
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: object) -> None:
     """Take what a worker told (xdist)."""
     config: pytest.Config = getattr(node, "config")  # noqa: B009  # xdist has no types for it
-    lines = getattr(node, "workeroutput", {}).get(HOST_LINES)
-    if lines:
+    told = getattr(node, "workeroutput", {})
+    if lines := told.get(HOST_LINES):
         config.stash[WORKERS_HOST] = lines
+    config.stash.setdefault(LEFTOVERS, []).extend(told.get(LEFTOVER_LINES, []))
 
 
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
     """Count the skips by their code, and show what machines cost."""
+    left: list[str] = config.stash.setdefault(LEFTOVERS, [])
     lines = [
         *config.stash.get(WORKERS_HOST, []),
+        *sorted(set(left)),
         *summarize(terminalreporter, durations=config.stash[SETTINGS].durations),
     ]
     if lines:
@@ -140,12 +161,25 @@ def pytest_terminal_summary(
             terminalreporter.write_line(line)
 
 
-def _host_lines(worker: Worker) -> list[str]:
+def _host_lines(worker: Worker, tier: str) -> list[str]:
     try:
-        return describe_host(worker.facts)
+        return describe_host(worker.facts, tier)
     except HostUnfit as unfit:
         # The tests that need a machine are skipped for it; others are none of its business.
         return [f"vmsandbox: {unfit.code}: {unfit.evidence}"]
+
+
+def _close(worker: Worker) -> list[str]:
+    """Close it; what was left in place, and whatever else went wrong, in lines."""
+    failures = []
+    try:
+        worker.close()
+    except TeardownRefused:
+        pass  # one of its leftovers
+    except VmSandboxError as error:
+        failures.append(visible(str(error)))
+    left = [f"left in place: {leftover}" for leftover in worker.leftovers]
+    return [*(visible(line) for line in left), *failures]
 
 
 def _needs_machine(item: pytest.Item) -> bool:

@@ -108,7 +108,8 @@ OPTIONS = (
         name="vm_tier",
         parse=_one_of("auto", "root", "sudo", "qemu-vm", "userns", "bare"),
         default="auto",
-        help="how VMMs are walled in; this version has `bare` only",
+        help="how VMMs are walled in: auto (the best that this host has), root, sudo, qemu-vm, "
+        "userns, or bare (no walls)",
     ),
     Option(
         name="vm_require",

@@ -29,10 +29,11 @@ _SKIP_CODE = re.compile(r"\bVMS(?:-[A-Z0-9]+)+")
 _FAILED = pytest.StashKey[bool]()
 
 
-def describe_host(facts: HostFacts) -> list[str]:
-    """Lines for pytest's header: tier and acceleration, and why."""
+def describe_host(facts: HostFacts, tier: str) -> list[str]:
+    """Lines for pytest's header: the tier that was chosen or asked for, acceleration, and why."""
+    chosen = f"{facts.tier} ({facts.tier_reason})" if tier == "auto" else f"{tier} (asked for)"
     return [
-        f"vmsandbox: tier bare (this version builds no walls; the host has {facts.tier})",
+        f"vmsandbox: tier {chosen}",
         f"vmsandbox: acceleration {facts.accel} ({facts.accel_reason})",
     ]
 

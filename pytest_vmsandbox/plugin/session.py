@@ -40,7 +40,7 @@ def worker_of(config: pytest.Config) -> Worker:
             progress=TerminalProgress(config),
         )
         config.stash[_WORKER] = worker
-        config.add_cleanup(worker.close)
+        config.add_cleanup(worker.close)  # if pytest gets no further than that
     return config.stash[_WORKER]
 
 

@@ -25,12 +25,13 @@ class VmmView:
 class LaunchRequest:
     """A VMM to be started: its `argv`, with paths as it will see them, and what it needs.
 
-    `id` names the machine on this host; `files` may be read, and nothing of the host be written
-    but the VMM's own directory; stdout and stderr go to `log`, stdin is /dev/null. `memory_mib`
-    is what the guest and the VMM together may take, `kvm` asks for /dev/kvm.
+    `id` names the machine on this host, `name` for its user; `files` may be read, and nothing of
+    the host be written but the VMM's own directory; stdout and stderr go to `log`, stdin is
+    /dev/null. `memory_mib` is what guest and VMM together may take, `kvm` asks for /dev/kvm.
     """
 
     id: str
+    name: str = ""
     argv: Sequence[str]
     directory: Path
     log: Path

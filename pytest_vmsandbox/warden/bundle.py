@@ -73,8 +73,9 @@ class Bundle:
         name = module.__spec__.name
         if name in modules:
             source, code = modules[name]
-            same = magic == MAGIC_NUMBER
-            exec(marshal.loads(code) if same else compile(source, f"<{name}>", "exec"), vars(module))
+            if magic != MAGIC_NUMBER:
+                code = marshal.dumps(compile(source, f"<{name}>", "exec"))
+            exec(marshal.loads(code), vars(module))
 
 sys.meta_path.insert(0, Bundle())
 from pytest_vmsandbox.warden.main import main

@@ -85,7 +85,7 @@ class JailedProcess:
         )
         (descriptor,) = descriptors
         sock = socket.socket(fileno=descriptor)
-        sock.setblocking(False)
+        sock.settimeout(0)
         return sock
 
     async def open_file(self, name: str) -> IO[bytes]:
@@ -267,10 +267,11 @@ class Warden:
             return
         self._over = True
         gone = ConnectionError(errno.EPIPE, f"the warden has ended: {self._last_words()}")
-        for waiting in (*self._waiting.values(), self._greeted):
-            if not waiting.done():
-                waiting.set_exception(gone)
-                waiting.exception()  # it may be that nobody waits any more
+        awaited: list[asyncio.Future[Any]] = [*self._waiting.values(), self._greeted]
+        for future in awaited:
+            if not future.done():
+                future.set_exception(gone)
+                future.exception()  # it may be that nobody waits any more
         for process in self._processes.values():
             process.ended(-signal.SIGKILL)
 
@@ -325,13 +326,13 @@ def _start(tier: Tier, *, log: Path) -> Warden:
             socket.send_fds(ours, [b"\0"], [bundle])
         child = subprocess.Popen(
             render_start(tier, "-c", BOOTSTRAP),
-            stdin=theirs,
+            stdin=theirs.fileno(),
             stdout=output,
             stderr=output,
             start_new_session=True,
             cwd="/",
         )
-        ours.setblocking(False)
+        ours.settimeout(0)
         warden = Warden(ours, child, log)
         undo.pop_all()
         return warden

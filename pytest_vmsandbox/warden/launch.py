@@ -14,7 +14,7 @@ import resource
 import signal
 import socket
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -208,7 +208,8 @@ class _Stage:
         os.chdir(order.cwd)
         os.umask(0o077 if order.who is Who.VMM else 0o022)
         self._place_descriptors()
-        join_session_keyring()
+        with suppress(OSError):  # a kernel without keys, or a quota; a VMM may not ask for them
+            join_session_keyring()
         _limit(order.limits)
         drop_all_capabilities()
         prctl_set_no_new_privs()
@@ -218,7 +219,7 @@ class _Stage:
             signal.signal(number, signal.SIG_DFL)
         if order.who is Who.OWNER:
             _be_init_for_a_child()
-        os.execve(order.argv[0], order.argv, dict(order.env))
+        os.execve(order.argv[0], order.argv, dict(order.env))  # noqa: S606 - by path, no shell
 
     def _readable_files(self) -> list[int]:
         given = self._descriptors[3:]
@@ -252,7 +253,8 @@ def _only_readable(descriptor: int, path: str) -> int:
     except (PermissionError, FileNotFoundError):
         link = f"/proc/self/fd/{descriptor}"
         if not os.access(link, os.R_OK) or os.access(link, os.W_OK):
-            raise OSError(errno.EACCES, "others must be able to read it, not to write it", path)
+            sentence = "others must be able to read it, not to write it"
+            raise OSError(errno.EACCES, sentence, path) from None
         return descriptor
     with mount:
         if not os.path.samestat(os.fstat(mount), os.fstat(descriptor)):
@@ -272,8 +274,8 @@ def _limit(limits: Limits) -> None:
     for kind, most in wanted.items():
         if most is not None:
             _, hard = resource.getrlimit(kind)
-            most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-            resource.setrlimit(kind, (most, most))
+            least = most if hard == resource.RLIM_INFINITY else min(most, hard)
+            resource.setrlimit(kind, (least, least))
 
 
 def _be_init_for_a_child() -> None:

@@ -1,7 +1,7 @@
 """The warden's way from a fresh Python to the server: who asks, which namespaces, as whom.
 
-    outer   was started by pytest, or by sudo; waits, and dies with whoever started it
-    inner   pid 1 of a pid namespace: with it the kernel ends everything that it launched
+The outer half was started by pytest, or by sudo; it waits, and dies with whoever started it. The
+inner half is pid 1 of a pid namespace: with it the kernel ends everything that it launched.
 """
 
 from __future__ import annotations
@@ -90,9 +90,7 @@ def _serve(line: socket.socket, *, lifeline: int, peer: _Peer, rootful: bool) ->
 
 def _trusted_peer(line: socket.socket) -> _Peer:
     """Who is at the other end: root, or the one for whom sudo started us, or ourselves."""
-    _, uid, gid = _UCRED.unpack(
-        line.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-    )
+    _, uid, gid = _UCRED.unpack(line.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
     request_peer(uid, owner=int(os.environ.get("SUDO_UID", os.geteuid())))
     return _Peer(uid=uid, gid=gid)
 

@@ -7,18 +7,21 @@ of it; whatever it lets pass may still be refused where it is performed.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from signal import Signals
-from typing import TypeAlias, TypeVar
+from typing import TypeAlias
 
 from pytest_vmsandbox.errors import RequestInvalid
 from pytest_vmsandbox.warden.steps import Step, parse_steps
 from pytest_vmsandbox.warden.validation import (
+    absolute_path,
     argument_list,
     machine_name,
+    one_of,
     plain_text,
+    refuse,
     whole_number,
 )
 
@@ -30,9 +33,6 @@ _PIDS = range(1, 2**31)
 _BYTES = range(1 << 20, 1 << 50)
 _PROCESSES = range(1, 1 << 20)
 _FILES = range(16, 1 << 20)
-
-
-W = TypeVar("W", bound=StrEnum)
 
 
 class Who(StrEnum):
@@ -129,10 +129,10 @@ def parse_request(packet: bytes, *, descriptors: int) -> tuple[int, Request]:
     number = whole_number("number", form.pop("number", None), _NUMBERS)
     read = _READERS.get(str(form.pop("request", None)))
     if read is None:
-        raise RequestInvalid(f"not a request: {packet[:100]!r}", f"known are: {', '.join(_READERS)}")
+        refuse("request", packet[:100], f"must be one of {', '.join(_READERS)}")
     reader, keys = read
     if set(form) != keys:
-        raise RequestInvalid(f"its keys must be {sorted(keys)}, not {sorted(form)!r:.200}")
+        refuse("keys", sorted(form), f"must be {', '.join(sorted(keys))}")
     if reader is not _read_launch and descriptors:
         raise RequestInvalid(f"it comes with {descriptors} descriptors and takes none")
     return number, reader(form, descriptors)
@@ -141,31 +141,31 @@ def parse_request(packet: bytes, *, descriptors: int) -> tuple[int, Request]:
 def _read_launch(form: Mapping[str, object], descriptors: int) -> Launch:
     files = form["files"]
     if not isinstance(files, list) or len(files) + 3 != descriptors:
-        raise RequestInvalid(f"files={files!r:.200} do not go with {descriptors} descriptors")
+        refuse("files", files, f"must go with {descriptors} descriptors, three of them streams")
     room, group = form["room"], form["group"]
     launch = Launch(
-        who=_word("who", form["who"], Who),
+        who=one_of("who", form["who"], Who),
         name=machine_name("name", form["name"]),
         argv=argument_list("argv", form["argv"]),
         env=_read_env(form["env"]),
-        cwd=_absolute("cwd", form["cwd"]),
+        cwd=absolute_path("cwd", form["cwd"]),
         steps=parse_steps(form["steps"]),
-        network=_word("network", form["network"], Network),
+        network=one_of("network", form["network"], Network),
         limits=_read_limits(form["limits"]),
-        files=tuple(None if path is None else _absolute("file", path) for path in files),
-        room=None if room is None else _absolute("room", room),
+        files=tuple(None if path is None else absolute_path("file", path) for path in files),
+        room=None if room is None else absolute_path("room", room),
         group=None if group is None else machine_name("group", group),
     )
-    _absolute("program", launch.argv[0])
+    absolute_path("program", launch.argv[0])
     return launch
 
 
 def _read_env(form: object) -> Mapping[str, str]:
     if not isinstance(form, dict):
-        raise RequestInvalid(f"env={form!r:.200} must map names to values")
+        refuse("env", form, "must map names to values")
     for name, value in form.items():
         if not plain_text("name", name) or "=" in name:
-            raise RequestInvalid(f"{name!r:.200} can't be the name of an environment variable")
+            refuse("name", name, "can't be that of an environment variable")
         plain_text(name, value)
     return form
 
@@ -179,7 +179,7 @@ def _read_limits(form: object) -> Limits:
         "open_files": _FILES,
     }
     if not isinstance(form, dict) or set(form) != set(ranges):
-        raise RequestInvalid(f"limits={form!r:.200} must have the keys {', '.join(ranges)}")
+        refuse("limits", form, f"must have the keys {', '.join(ranges)}")
     return Limits(
         **{
             name: None if form[name] is None else whole_number(name, form[name], allowed)
@@ -199,11 +199,11 @@ def _read_open_file(form: Mapping[str, object], _: int) -> OpenFile:
 def _read_signal(form: Mapping[str, object], _: int) -> Signal:
     number = whole_number("signal", form["signal"], range(1, 65))
     if number not in _SIGNALS:
-        raise RequestInvalid(f"signal={number!r} must be one of {', '.join(map(str, _SIGNALS))}")
+        refuse("signal", number, f"must be one of {', '.join(map(str, _SIGNALS))}")
     return Signal(process=_pid(form), signal=Signals(number))
 
 
-_READERS = {
+_READERS: Mapping[str, tuple[Callable[[Mapping[str, object], int], Request], set[str]]] = {
     "launch": (
         _read_launch,
         {
@@ -221,21 +221,8 @@ def _pid(form: Mapping[str, object]) -> int:
     return whole_number("process", form["process"], _PIDS)
 
 
-def _word(name: str, value: object, kind: type[W]) -> W:
-    if not isinstance(value, str) or value not in tuple(kind):
-        raise RequestInvalid(f"{name}={value!r:.200} must be one of {', '.join(kind)}")
-    return kind(value)
-
-
 def _file_name(name: str, value: object) -> str:
     text = plain_text(name, value)
-    if not text or "/" in text or text in (".", "..") or len(text) > 255:
-        raise RequestInvalid(f"{name}={value!r:.200} must be the name of a file in its room")
+    if not text or "/" in text or text in (".", ".."):
+        refuse(name, value, "must be the name of a file in its room")
     return text
-
-
-def _absolute(name: str, value: object) -> str:
-    path = plain_text(name, value)
-    if not path.startswith("/") or ".." in path.split("/"):
-        raise RequestInvalid(f"{name}={path!r:.200} must be an absolute path without `..`")
-    return path

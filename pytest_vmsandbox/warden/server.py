@@ -12,7 +12,6 @@ import stat
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 from pytest_vmsandbox.errors import RequestInvalid, VmSandboxError
 from pytest_vmsandbox.linux.owned_fd import OwnedFd
@@ -71,7 +70,7 @@ class Server:
         """Answer until the line ends, or the process at the other end of `lifeline` does."""
         woken, wake = socket.socketpair()
         for end in (woken, wake):
-            end.setblocking(False)
+            end.settimeout(0)
         signal.signal(signal.SIGCHLD, lambda *_: None)  # or no wakeup is written
         signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
         poller = select.poll()
@@ -153,7 +152,8 @@ class Server:
 
     def _launch(self, order: Launch, descriptors: Sequence[OwnedFd]) -> Answer:
         with ExitStack() as undo:
-            group, confine = None, _nothing
+            group: Group | None = None
+            confine: Callable[[int], None] = _nothing
             if order.group is not None and self._hierarchies:
                 group = Group(order.group, hierarchies=self._hierarchies, limits=order.limits)
                 undo.callback(group.close)
@@ -220,7 +220,7 @@ def _connect(room: OwnedFd, name: str) -> socket.socket:
 def _connected(path: str) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        sock.setblocking(False)  # a full backlog must not stop the warden
+        sock.settimeout(0)  # a full backlog must not stop the warden
         sock.connect(path)
     except BaseException:
         sock.close()

@@ -7,13 +7,19 @@ that user can't reach. The first step makes the root: a Tmpfs or a Bind whose ta
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from enum import StrEnum
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from pytest_vmsandbox.errors import RequestInvalid
-from pytest_vmsandbox.warden.validation import plain_text, whole_number
+from pytest_vmsandbox.warden.validation import (
+    absolute_path,
+    one_of,
+    plain_text,
+    refuse,
+    whole_number,
+)
 
 # What a VMM, or a command, may need of /dev; never /dev itself, which is one for the whole host.
 DEVICES = ("null", "zero", "full", "random", "urandom", "kvm", "net/tun", "vhost-net")
@@ -121,7 +127,7 @@ def render_step(step: Step) -> dict[str, object]:
 def parse_steps(forms: object) -> tuple[Step, ...]:
     """Read what `render_step` made; RequestInvalid names the first value that can't be."""
     if not isinstance(forms, list) or not 1 <= len(forms) <= _STEPS_AT_MOST:
-        raise RequestInvalid(f"a view has 1 to {_STEPS_AT_MOST} steps, not {forms!r:.200}")
+        refuse("steps", forms, f"must be a list of 1 to {_STEPS_AT_MOST}")
     steps = tuple(_parse_step(form) for form in forms)
     first, *others = steps
     if not isinstance(first, Tmpfs | Bind) or first.target != "/":
@@ -133,48 +139,43 @@ def parse_steps(forms: object) -> tuple[Step, ...]:
 
 
 def _parse_step(form: object) -> Step:
-    if not isinstance(form, dict) or not all(isinstance(key, str) for key in form):
-        raise RequestInvalid(f"not a step: {form!r:.200}")
-    values = dict(form)
+    if not isinstance(form, dict):
+        refuse("step", form, "must be an object")
+    values: dict[str, Any] = dict(form)
     kind = _KINDS.get(str(values.pop("step", None)))
     if kind is None or set(values) != {field.name for field in fields(kind)}:
-        raise RequestInvalid(f"not a step: {form!r:.200}", f"known are: {', '.join(_KINDS)}")
-    return kind(**{name: _parse_value(name, value) for name, value in values.items()})
+        refuse("step", form, f"must be one of {', '.join(_KINDS)}, with its fields")
+    parsed: dict[str, Any] = {name: _PARSERS[name](name, values[name]) for name in values}
+    return kind(**parsed)
 
 
-def _parse_value(name: str, value: object) -> object:
-    match name:
-        case "target":
-            return _absolute(name, value)
-        case "source":
-            return _absolute(name, value)
-        case "size_mib":
-            return whole_number(name, value, TMPFS_MIB)
-        case "writable":
-            if not isinstance(value, list | tuple) or len(value) > _STEPS_AT_MOST:
-                raise RequestInvalid(f"{name}={value!r:.200} must be a list of paths")
-            return tuple(_absolute(name, path) for path in value)
-        case "mode":
-            return whole_number(name, value, MODES)
-        case "access":
-            return _one_of(name, value, tuple(Access), Access)
-        case "name":
-            return _one_of(name, value, DEVICES, str)
-        case "devices" | "only_pids":
-            if not isinstance(value, bool):
-                raise RequestInvalid(f"{name}={value!r:.200} must be true or false")
-            return value
-    return plain_text(name, value)
+def _parse_device(name: str, value: object) -> str:
+    if value not in DEVICES:
+        refuse(name, value, f"must be one of {', '.join(DEVICES)}")
+    return str(value)
 
 
-def _one_of(name: str, value: object, known: tuple[str, ...], kind: type[str]) -> str:
-    if not isinstance(value, str) or value not in known:
-        raise RequestInvalid(f"{name}={value!r:.200} must be one of {', '.join(known)}")
-    return kind(value)
+def _parse_truth(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        refuse(name, value, "must be true or false")
+    return value
 
 
-def _absolute(name: str, value: object) -> str:
-    path = plain_text(name, value)
-    if not path.startswith("/") or ".." in path.split("/"):
-        raise RequestInvalid(f"{name}={path!r:.200} must be an absolute path without `..`")
-    return path
+def _parse_paths(name: str, value: object) -> tuple[str, ...]:
+    if not isinstance(value, list) or len(value) > _STEPS_AT_MOST:
+        refuse(name, value, "must be a list of paths")
+    return tuple(absolute_path(name, path) for path in value)
+
+
+_PARSERS: Mapping[str, Callable[[str, object], object]] = {
+    "target": absolute_path,
+    "source": absolute_path,
+    "text": plain_text,
+    "size_mib": lambda name, value: whole_number(name, value, TMPFS_MIB),
+    "mode": lambda name, value: whole_number(name, value, MODES),
+    "access": lambda name, value: one_of(name, value, Access),
+    "name": _parse_device,
+    "devices": _parse_truth,
+    "only_pids": _parse_truth,
+    "writable": _parse_paths,
+}

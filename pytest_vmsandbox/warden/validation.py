@@ -12,8 +12,9 @@ import re
 import socket
 import stat
 from collections.abc import Mapping
+from enum import StrEnum
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 from pytest_vmsandbox.errors import RequestInvalid
 from pytest_vmsandbox.linux.at import AT_FDCWD
@@ -36,6 +37,8 @@ _OWN_DEVICE = re.compile(r"/dev/mapper/vmsandbox-[a-z0-9]([a-z0-9-]{0,114}[a-z0-
 # The same as that of machine/spec.py, which lies above this room.
 _MACHINE_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")
 
+Word = TypeVar("Word", bound=StrEnum)
+
 _INIT = 1
 _NO_LINKS = ResolveFlags.NO_SYMLINKS | ResolveFlags.NO_MAGICLINKS
 _SHOWN = 200
@@ -44,30 +47,45 @@ _SHOWN = 200
 def plain_text(name: str, value: object) -> str:
     """A text that can be handed to the kernel: without NUL, and of characters that have bytes."""
     if not isinstance(value, str):
-        _refuse(name, value, "must be a text")
+        refuse(name, value, "must be a text")
     if "\0" in value:
-        _refuse(name, value, "must not hold a NUL")
+        refuse(name, value, "must not hold a NUL")
     try:
         os.fsencode(value)
     except UnicodeEncodeError:  # half a surrogate pair, which JSON can spell
-        _refuse(name, value, "must be of characters")
+        refuse(name, value, "must be of characters")
     return value
 
 
 def argument_list(name: str, value: object) -> tuple[str, ...]:
     """An argv: at least the program, which is not empty, and texts without NUL."""
     if not isinstance(value, list | tuple) or not value:
-        _refuse(name, value, "must be a list of texts, the program first")
+        refuse(name, value, "must be a list of texts, the program first")
     words = tuple(plain_text(name, word) for word in value)
     if not words[0]:
-        _refuse(name, value, "must begin with a program")
+        refuse(name, value, "must begin with a program")
     return words
+
+
+def absolute_path(name: str, value: object) -> str:
+    """An absolute path without `..`; nothing is looked up."""
+    path = plain_text(name, value)
+    if not path.startswith("/") or ".." in path.split("/"):
+        refuse(name, value, "must be an absolute path without `..`")
+    return path
+
+
+def one_of(name: str, value: object, kind: type[Word]) -> Word:
+    """The member of an enum of words that is spelled so."""
+    if not isinstance(value, str) or value not in tuple(kind):
+        refuse(name, value, f"must be one of {', '.join(kind)}")
+    return kind(value)
 
 
 def whole_number(name: str, value: object, allowed: range) -> int:
     """A whole number in `allowed`; neither a truth value nor a fraction is one."""
     if type(value) is not int or value not in allowed:
-        _refuse(name, value, f"must be a whole number, {allowed.start} to {allowed[-1]}")
+        refuse(name, value, f"must be a whole number, {allowed.start} to {allowed[-1]}")
     return value
 
 
@@ -81,7 +99,7 @@ def interface_name(value: object, *, prefix: str = "") -> str:
     wanted = "must be an interface's name: 1 to 15 of A-Z, a-z, 0-9, _, . and inner -"
     name = _matching("interface", value, _INTERFACE_NAME, wanted)
     if name in (".", "..") or not name.startswith(prefix) or name == prefix:
-        _refuse("interface", value, f"{wanted}, beginning with {prefix!r}" if prefix else wanted)
+        refuse("interface", value, f"{wanted}, beginning with {prefix!r}" if prefix else wanted)
     return name
 
 
@@ -102,7 +120,7 @@ def resolver_address(value: object) -> str:
     except (OSError, TypeError, ValueError):
         packed = _IPV4_IN_IPV6
     if packed.startswith(_IPV4_IN_IPV6):
-        _refuse("resolver", value, "must be an IPv4 or IPv6 address")
+        refuse("resolver", value, "must be an IPv4 or IPv6 address")
     return socket.inet_ntop(socket.AF_INET6, packed)
 
 
@@ -128,16 +146,16 @@ def path_below(base: str | os.PathLike[str] | None, path: object) -> Path:
     text = plain_text("path", path)
     parts, base_parts = _clean_parts(text), _clean_parts(os.fspath(base) if base else "")
     if not parts or not base_parts or parts[: len(base_parts)] != base_parts:
-        _refuse("path", path, wanted)
+        refuse("path", path, wanted)
     inner = parts[len(base_parts) :]
     if not inner:
-        _refuse("path", path, wanted)
+        refuse("path", path, wanted)
     try:
         at = openat2(AT_FDCWD, "/" + "/".join(base_parts), os.O_PATH | os.O_DIRECTORY)
         with at:
             _walk(at, inner)
     except OSError as error:
-        _refuse("path", path, f"{wanted}, without links: {error.strerror}")
+        refuse("path", path, f"{wanted}, without links: {error.strerror}")
     return Path(text)
 
 
@@ -149,14 +167,14 @@ def signal_target(pid: object, launched: Mapping[int, int]) -> int:
     """
     known = type(pid) is int and pid > _INIT and pid != os.getpid() and pid in launched
     if not known or type(pid) is not int or not _runs(launched[pid]):
-        _refuse("process", pid, "must be a process that was launched here and still runs")
+        refuse("process", pid, "must be a process that was launched here and still runs")
     return pid
 
 
 def request_peer(uid: object, owner: int | None) -> int:
     """The uid of a peer who may make requests: root or the owner; without an owner, nobody."""
     if owner is None or type(uid) is not int or uid not in (0, owner):
-        _refuse("peer", uid, f"must be root or {'the owner' if owner is None else owner}")
+        refuse("peer", uid, f"must be root or {'the owner' if owner is None else owner}")
     return uid
 
 
@@ -172,15 +190,15 @@ def trusted_program(path: object) -> OwnedFd:
     """
     text = plain_text("program", path)
     if not text.startswith("/"):
-        _refuse("program", path, "must be an absolute path")
+        refuse("program", path, "must be an absolute path")
     try:
         flags = os.O_PATH | os.O_NOFOLLOW
         program = openat2(AT_FDCWD, text, flags, resolve=ResolveFlags.NO_MAGICLINKS)
     except OSError as error:
-        _refuse("program", path, f"must be a program: {error.strerror}")
+        refuse("program", path, f"must be a program: {error.strerror}")
     try:
         if fault := _fault_of_program(os.fstat(program)):
-            _refuse("program", path, fault)
+            refuse("program", path, fault)
     except BaseException:
         program.close()
         raise
@@ -226,11 +244,12 @@ def _runs(pidfd: int) -> bool:
 
 def _matching(name: str, value: object, pattern: re.Pattern[str], wanted: str) -> str:
     if not isinstance(value, str) or not pattern.fullmatch(value):
-        _refuse(name, value, wanted)
+        refuse(name, value, wanted)
     return value
 
 
-def _refuse(name: str, value: object, wanted: str) -> NoReturn:
+def refuse(name: str, value: object, wanted: str) -> NoReturn:
+    """Raise RequestInvalid: `name` can't be `value`, whatever that is; it must be as `wanted`."""
     try:
         shown = f"{value!r:.{_SHOWN}}"
     except (ValueError, RecursionError):  # of more digits, or deeper, than Python likes to print

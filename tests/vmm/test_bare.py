@@ -16,7 +16,7 @@ from pytest_vmsandbox.vmm.launch import LaunchRequest
 
 
 def _request(tmp_path: Path, *argv: str) -> LaunchRequest:
-    return LaunchRequest(argv=argv, directory=tmp_path, log=tmp_path / "vmm.log")
+    return LaunchRequest(id="m1", argv=argv, directory=tmp_path, log=tmp_path / "vmm.log")
 
 
 async def test_leaving_the_context_kills_and_reaps(tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ import pytest
 
 from pytest_vmsandbox.deadline import Deadline
 from pytest_vmsandbox.errors import OutcomeUnknown, RequestInvalid, TimedOut
-from pytest_vmsandbox.host.socket_auth import connect_machine_socket
 from pytest_vmsandbox.vmm.bare import BareLauncher, BareProcess
 from pytest_vmsandbox.vmm.launch import LaunchRequest
 from pytest_vmsandbox.vmm.qmp import QmpEvent, open_qmp
@@ -28,20 +27,14 @@ async def qemu() -> AsyncIterator[tuple[BareProcess, socket.socket]]:
     with tempfile.TemporaryDirectory(prefix="vmsb-") as short:
         path = Path(short) / "qmp.sock"
         request = LaunchRequest(
+            id="m1",
             argv=[QEMU, "-M", "none", "-nodefaults", "-display", "none",
                   "-qmp", f"unix:{path},server=on,wait=off"],
             directory=Path(short),
             log=Path(short) / "log",
         )  # fmt: skip
         async with BareLauncher().launch(request) as process:
-            sock = await connect_machine_socket(
-                path,
-                uid=process.uid,
-                pidfd=process.pidfd,
-                identity=process.identity,
-                deadline=_soon(),
-            )
-            yield process, sock
+            yield process, await process.connect(path.name, deadline=_soon())
 
 
 def _soon(seconds: float = 20) -> Deadline:
