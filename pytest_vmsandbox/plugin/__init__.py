@@ -9,6 +9,7 @@ from pytest_vmsandbox.plugin.fixtures import (
     vm_factory,
     vm_host,
     vm_image,
+    vm_jail,
     vm_module,
     vm_session,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "vm_factory",
     "vm_host",
     "vm_image",
+    "vm_jail",
     "vm_module",
     "vm_session",
 ]
