@@ -115,27 +115,42 @@ Request: TypeAlias = Launch | Connect | OpenFile | Signal
 _SIGNALS = (Signals.SIGTERM, Signals.SIGKILL)
 
 
-def parse_request(packet: bytes, *, descriptors: int) -> tuple[int, Request]:
-    """The request in a packet that came with so many descriptors, and its number.
+def parse_packet(packet: bytes) -> tuple[int, dict[str, object]]:
+    """The number of the request in a packet, and the rest of its form, of which nothing is read.
 
-    Raises RequestInvalid, which names the first thing that can't be; nothing has happened then.
+    Raises RequestInvalid where there is no number: then nobody waits for the answer.
     """
     try:
         form = json.loads(packet)
     except (ValueError, RecursionError):
-        raise RequestInvalid(f"not a request: {packet[:100]!r}") from None
+        form = None
     if not isinstance(form, dict):
-        raise RequestInvalid(f"not a request: {packet[:100]!r}")
-    number = whole_number("number", form.pop("number", None), _NUMBERS)
-    read = _READERS.get(str(form.pop("request", None)))
+        refuse("packet", packet[:100], "must be an object in JSON")
+    return whole_number("number", form.pop("number", None), _NUMBERS), form
+
+
+def parse_request(form: Mapping[str, object], *, descriptors: int) -> Request:
+    """The request that is the rest of a form and came with so many descriptors.
+
+    Raises RequestInvalid, which names the first thing that can't be; nothing has happened then.
+    """
+    try:
+        return _read(dict(form), descriptors)
+    except RecursionError:  # a value that could just be read may be too deep to be looked at
+        raise RequestInvalid("the request is too deep") from None
+
+
+def _read(form: dict[str, object], descriptors: int) -> Request:
+    kind = form.pop("request", None)
+    read = _READERS.get(kind) if isinstance(kind, str) else None
     if read is None:
-        refuse("request", packet[:100], f"must be one of {', '.join(_READERS)}")
+        refuse("request", kind, f"must be one of {', '.join(_READERS)}")
     reader, keys = read
     if set(form) != keys:
         refuse("keys", sorted(form), f"must be {', '.join(sorted(keys))}")
     if reader is not _read_launch and descriptors:
         raise RequestInvalid(f"it comes with {descriptors} descriptors and takes none")
-    return number, reader(form, descriptors)
+    return reader(form, descriptors)
 
 
 def _read_launch(form: Mapping[str, object], descriptors: int) -> Launch:

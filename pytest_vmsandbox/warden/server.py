@@ -27,6 +27,7 @@ from pytest_vmsandbox.warden.requests import (
     Request,
     Signal,
     Who,
+    parse_packet,
     parse_request,
 )
 from pytest_vmsandbox.warden.validation import signal_target
@@ -92,9 +93,12 @@ class Server:
 
     def _serve_one(self) -> bool:
         """Read a request and answer it; False once the line has ended."""
-        packet, descriptors, flags, _ = socket.recv_fds(
-            self._line, PACKET_BYTES, DESCRIPTORS_AT_MOST, socket.MSG_CMSG_CLOEXEC
-        )
+        try:
+            packet, descriptors, flags, _ = socket.recv_fds(
+                self._line, PACKET_BYTES, DESCRIPTORS_AT_MOST, socket.MSG_CMSG_CLOEXEC
+            )
+        except ConnectionResetError:  # it has ended, with answers that nobody read
+            return False
         with ExitStack() as given:
             owned = [given.enter_context(OwnedFd(descriptor)) for descriptor in descriptors]
             if not packet and not owned:
@@ -108,7 +112,8 @@ class Server:
     def _answer(self, packet: bytes, descriptors: Sequence[OwnedFd]) -> None:
         number = None
         try:
-            number, request = parse_request(packet, descriptors=len(descriptors))
+            number, form = parse_packet(packet)
+            request = parse_request(form, descriptors=len(descriptors))
             answer = self._perform(request, descriptors)
         except (VmSandboxError, LaunchFailed, OSError, ValueError) as error:
             self._refuse(number, error)

@@ -142,7 +142,8 @@ def _parse_step(form: object) -> Step:
     if not isinstance(form, dict):
         refuse("step", form, "must be an object")
     values: dict[str, Any] = dict(form)
-    kind = _KINDS.get(str(values.pop("step", None)))
+    word = values.pop("step", None)
+    kind = _KINDS.get(word) if isinstance(word, str) else None
     if kind is None or set(values) != {field.name for field in fields(kind)}:
         refuse("step", form, f"must be one of {', '.join(_KINDS)}, with its fields")
     parsed: dict[str, Any] = {name: _PARSERS[name](name, values[name]) for name in values}
