@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from pathlib import Path
 
 import pytest
 
-from pytest_vmsandbox import AsyncMachineFactory, HostUnfit, MachineFactory, RequestInvalid
+from pytest_vmsandbox import AsyncMachineFactory, HostUnfit, Machine, MachineFactory, RequestInvalid
+from pytest_vmsandbox.host.facts import Tier
+from pytest_vmsandbox.host.tier import missing_for
 from pytest_vmsandbox.machine.spec import MachineSpec
 from pytest_vmsandbox.machine.worker import Worker
 
@@ -24,10 +27,10 @@ def test_a_closed_worker_leaves_neither_process_nor_file(worker: Worker) -> None
     running = machine._running
     assert running is not None
     pid, directory = running.process.pid, worker.directory.path
-    sockets = {path.name for path in machine.build.config.directory.iterdir()}
+    files = {path.name for path in machine.build.config.directory.iterdir()}
     worker.engine.run(worker.end([machine]))
 
-    assert {"qmp.sock", "console.sock", "agent.sock", "console.log"} <= sockets
+    assert {"vmm.log", "console.log"} <= files
     assert not Path(f"/proc/{pid}").exists()
     assert list(directory.glob("m*")) == []
 
@@ -55,8 +58,22 @@ def test_when_one_of_several_does_not_boot_the_others_are_ended_too(
 def test_a_tier_that_can_not_be_had_is_a_skip_and_never_a_weaker_one(
     worker: Worker, tier: str
 ) -> None:
-    with pytest.raises(HostUnfit, match=f"the tier {tier}"):
-        worker.engine.run(worker.make([MachineSpec(tier=tier)]))
+    if worker.facts.tier == tier:
+        (machine,) = worker.engine.run(worker.make([MachineSpec(tier=tier)]))
+        assert machine.facts.tier == tier
+    elif missing_for(Tier(tier), worker.facts.facts) or (tier == "root") is (os.getuid() != 0):
+        with pytest.raises(HostUnfit, match="VMS-"):
+            worker.engine.run(worker.make([MachineSpec(tier=tier)]))
+
+
+@pytest.mark.vm_requires("jail")
+def test_a_walled_machine_has_nothing_in_the_run_directory_but_its_logs(vm: Machine) -> None:
+    if vm.facts.tier == "bare":
+        pytest.skip("the tier bare was asked for")
+    directory = vm._controller.build.config.directory
+
+    assert {path.name for path in directory.iterdir()} <= {"vmm.log", "console.log"}
+    assert vm.run("true").returncode == 0
 
 
 @pytest.mark.parametrize("count", [0, -1, True, "2", 1.0])

@@ -120,23 +120,36 @@ def try_user_namespaces() -> str:
     return "unshared, mapped and mounted a tmpfs inside"
 
 
-def try_jail() -> str:
-    """Build the smallest jail, as pid 1 of a pid namespace, and look out of it."""
-    child = os.fork()  # the first child is pid 1 of the new pid namespace
+def try_jail() -> NoReturn:
+    """Start as the warden does, and from there the smallest jail; look out of it."""
+    in_first_child(as_warden)
+
+
+def as_warden() -> NoReturn:
+    """Enter namespaces for one user, as the warden does for each VMM, whatever the tier."""
+    mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV)
+    enter_user_namespace(CLONE_NEWNS | CLONE_NEWPID | CLONE_NEWIPC | CLONE_NEWNET)
+    in_first_child(in_smallest_jail)
+
+
+def in_first_child(attempt: Callable[[], str]) -> NoReturn:
+    """Report from the first child, which is pid 1 of the new pid namespace."""
+    child = os.fork()
     if child == 0:
         check(libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL), "prctl(PR_SET_PDEATHSIG)")
-        report(in_smallest_jail)
+        report(attempt)
     os.waitpid(child, 0)
     os._exit(0)  # it has reported
 
 
 def in_smallest_jail() -> str:
-    """A tmpfs root with /usr in it, read-only, and nothing of the host's beside it."""
-    usr, old = f"{EMPTIED}/usr", f"{EMPTIED}/old"
+    """A tmpfs root with /usr in it, read-only, its own /proc, and nothing else of the host's."""
+    usr, old, proc = (f"{EMPTIED}/{name}" for name in ("usr", "old", "proc"))
     mount("none", "/", "", MS_REC | MS_PRIVATE)
     mount("tmpfs", EMPTIED, "tmpfs", MS_NOSUID | MS_NODEV, "size=64k")
-    for place in (usr, old):
+    for place in (usr, old, proc):
         Path(place).mkdir()
+    mount("proc", proc, "proc", MS_NOSUID | MS_NODEV, "subset=pid")
     mount("/usr", usr, "", MS_BIND | MS_REC)
     mount("/usr", usr, "", MS_BIND | MS_REMOUNT | MS_RDONLY | locked_flags(usr))
     pivoted = libc.syscall(SYS_PIVOT_ROOT, EMPTIED.encode(), old.encode())
@@ -144,7 +157,7 @@ def in_smallest_jail() -> str:
     os.chdir("/")
     check(libc.umount2(b"/old", MNT_DETACH), "umount2", "/old")
     shown = {str(path) for place in ("/", "/old") for path in Path(place).iterdir()}
-    if shown != {"/usr", "/old"}:
+    if shown != {"/usr", "/old", "/proc"}:
         raise Unusable(f"the jail shows other things than its own: {sorted(shown)}")
     try:
         # Refused before the name is looked up, where the mount is read-only; where it is not,

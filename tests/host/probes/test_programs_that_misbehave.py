@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -20,6 +19,7 @@ from pytest_vmsandbox.host.probes.qemu_vm_user import probe_qemu_vm_user
 from pytest_vmsandbox.host.probes.setfacl import probe_setfacl
 from pytest_vmsandbox.host.probes.sudo import probe_sudo, probe_sudo_qemu_vm
 from pytest_vmsandbox.host.trial import Trial
+from pytest_vmsandbox.host.way import interpreter
 
 if TYPE_CHECKING:
     from tests.host.conftest import Stubs
@@ -248,4 +248,4 @@ async def test_an_interpreter_out_of_the_other_users_reach_is_named(
     fact = await sudo_qemu_vm(trial)
 
     assert fact.code == "VMS-SUDO-QEMU-VM-UNUSABLE"
-    assert sys.executable in fact.remedy
+    assert interpreter(Tier.QEMU_VM) in fact.remedy
