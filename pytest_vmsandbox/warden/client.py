@@ -346,6 +346,6 @@ def _identify(pidfd: OwnedFd) -> ProcessIdentity:
 
 
 def _refusal(told: Mapping[str, Any]) -> Exception:
-    if told["errno"] == errno.EINVAL:
+    if told["errno"] is None:
         return RequestInvalid(told["refused"])
     return OSError(told["errno"], told["refused"])

@@ -8,6 +8,7 @@ own. From there on everything happens with the rights of that user and in those 
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import resource
@@ -18,6 +19,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from pytest_vmsandbox.deadline import Deadline
 from pytest_vmsandbox.linux.at import AtLocation
 from pytest_vmsandbox.linux.clone import CloneFlags
 from pytest_vmsandbox.linux.id_maps import write_identity_maps
@@ -30,7 +32,7 @@ from pytest_vmsandbox.linux.mount_tree import (
 )
 from pytest_vmsandbox.linux.namespaces import unshare
 from pytest_vmsandbox.linux.owned_fd import OwnedFd
-from pytest_vmsandbox.linux.pidfd import pidfd_open, pidfd_send_signal
+from pytest_vmsandbox.linux.pidfd import pidfd_open, pidfd_send_signal, pidfd_wait_exit
 from pytest_vmsandbox.linux.prctl import prctl_set_no_new_privs
 from pytest_vmsandbox.linux.privileges import drop_all_capabilities
 from pytest_vmsandbox.linux.seccomp import deny_system_calls
@@ -40,8 +42,8 @@ from pytest_vmsandbox.warden.view import View
 # From fork to exec lie some milliseconds; what takes this long never ends.
 LAUNCH_S = 15.0
 
-# Where descriptors wait while 0, 1, 2, ... are still somebody else's.
-_ASIDE = 200
+_GO = b"go"
+_SENTENCE_AT_MOST = 500  # so that any form goes into one packet
 
 _NAMESPACES = (
     CloneFlags.CLONE_NEWUSER
@@ -93,21 +95,30 @@ def launch(
     with ours:
         stage = os.fork()
         if stage == 0:
+            ours.close()
             _Stage(order, descriptors, user=user, line=theirs).run()
         theirs.close()
         try:
             confine(stage)
-            ours.send(b"{}")
+            ours.send(_GO)
             _receive(ours)
             write_identity_maps(
                 stage, uid=user.uid, gid=user.gid, deny_setgroups=user.groups is None
             )
-            ours.send(b"{}")
+            ours.send(_GO)
             return _attend(ours)
         except OSError as error:
-            raise LaunchFailed(error.errno or errno.EIO, str(error)) from error
+            raise LaunchFailed(error.errno or errno.EIO, sentence_of(error)) from error
         finally:
             _end(stage)
+
+
+def sentence_of(error: BaseException) -> str:
+    """What went wrong, without the errno, which is told beside it."""
+    if isinstance(error, OSError) and error.strerror:
+        path = "" if error.filename is None else f": {error.filename!r}"
+        return f"{error.strerror}{path}"[:_SENTENCE_AT_MOST]
+    return (str(error) or repr(error))[:_SENTENCE_AT_MOST]
 
 
 def _attend(line: socket.socket) -> Launched:
@@ -121,7 +132,8 @@ def _attend(line: socket.socket) -> Launched:
             if "pid" in form:
                 pid = form["pid"]
                 pidfd = undo.enter_context(pidfd_open(pid))
-                undo.callback(pidfd_send_signal, pidfd, signal.SIGKILL)
+                undo.callback(_kill, pidfd)
+                line.send(_GO)
         if pidfd is None:
             raise LaunchFailed(errno.ESRCH, "it ended before it began")
         undo.pop_all()
@@ -133,13 +145,19 @@ def _receive(line: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
 
     Raises LaunchFailed where an error is told.
     """
-    packet, descriptors, _, _ = socket.recv_fds(line, 4096, 1, socket.MSG_CMSG_CLOEXEC)
+    packet, descriptors, _, _ = socket.recv_fds(line, 8192, 1, socket.MSG_CMSG_CLOEXEC)
     if not packet:
         return None
     form: dict[str, Any] = json.loads(packet)
     if "error" in form:
         raise LaunchFailed(form["error"], form["sentence"])
     return form, descriptors
+
+
+def _kill(pidfd: OwnedFd) -> None:
+    """End it for certain: whoever is still in a control group keeps it from being removed."""
+    pidfd_send_signal(pidfd, signal.SIGKILL)
+    pidfd_wait_exit(pidfd, deadline=Deadline.after(seconds=LAUNCH_S))
 
 
 def _end(stage: int) -> None:
@@ -171,28 +189,34 @@ class _Stage:
                 self._become()
         except BaseException as error:  # noqa: BLE001 - whatever it is, the warden is told
             code = error.errno if isinstance(error, OSError) else None
-            self._tell({"error": code or errno.EINVAL, "sentence": str(error) or repr(error)})
-            os._exit(127)
-        os._exit(0)
+            self._tell({"error": code or errno.EIO, "sentence": sentence_of(error)})
+        finally:
+            os._exit(0)  # also where nobody is left to be told: we must not become a second warden
 
     def _tell(self, form: dict[str, object], descriptors: Sequence[int] = ()) -> None:
-        socket.send_fds(self._line, [json.dumps(form).encode()[:4000]], descriptors)
+        socket.send_fds(self._line, [json.dumps(form).encode()], descriptors)
+
+    def _wait_to_go(self) -> None:
+        if self._line.recv(len(_GO)) != _GO:
+            raise OSError(errno.ECANCELED, "nobody waits for this process any more")
 
     def _unshare(self) -> None:
-        self._line.recv(16)  # that we are in our control group
+        signal.set_wakeup_fd(-1)  # the warden's, for its own children
+        self._wait_to_go()  # we are in our control group
         user = self._user
         if user.groups is not None:
             os.setgroups(user.groups)
         isolated = self._order.network is Network.ISOLATED
         unshare(_NAMESPACES | (CloneFlags.CLONE_NEWNET if isolated else 0))
         self._tell({})
-        self._line.recv(16)  # that our user is mapped
+        self._wait_to_go()  # our user is mapped
         os.setresgid(user.gid, user.gid, user.gid)
         os.setresuid(user.uid, user.uid, user.uid)
 
     def _become(self) -> None:
         """Build the view, put up the walls, and turn into the program."""
         order = self._order
+        self._wait_to_go()  # the warden holds us
         os.setsid()
         socket.sethostname(order.name)
         view = View()
@@ -231,12 +255,10 @@ class _Stage:
     def _place_descriptors(self) -> None:
         """Give the descriptors their numbers; of ours only the line is left, until exec."""
         aside = [*self._descriptors, self._line.detach()]
-        for number, descriptor in enumerate(aside):
-            os.dup2(descriptor, _ASIDE + number, inheritable=False)
+        aside = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, len(aside)) for fd in aside]
         last = len(aside) - 1
-        for number in range(last):
-            os.dup2(_ASIDE + number, number)
-        os.dup2(_ASIDE + last, last, inheritable=False)
+        for number, descriptor in enumerate(aside):
+            os.dup2(descriptor, number, inheritable=number < last)
         self._line = socket.socket(fileno=last)
         os.closerange(last + 1, os.sysconf("SC_OPEN_MAX"))
 
@@ -260,7 +282,8 @@ def _only_readable(descriptor: int, path: str) -> int:
         if not os.path.samestat(os.fstat(mount), os.fstat(descriptor)):
             raise OSError(errno.ESTALE, "it is not the file that was handed over", path)
         mount_setattr(AtLocation(mount), attr_set=MountAttrFlags.MOUNT_ATTR_RDONLY)
-        return os.open(AtLocation(mount).fspath(), os.O_RDONLY | os.O_CLOEXEC)
+        # O_NONBLOCK: nobody is waited for where it is a pipe, or leased (fcntl(2)).
+        return os.open(AtLocation(mount).fspath(), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
 def _limit(limits: Limits) -> None:

@@ -17,7 +17,7 @@ from pytest_vmsandbox.errors import RequestInvalid, VmSandboxError
 from pytest_vmsandbox.linux.owned_fd import OwnedFd
 from pytest_vmsandbox.linux.pidfd import pidfd_send_signal
 from pytest_vmsandbox.warden.groups import Group, Hierarchy
-from pytest_vmsandbox.warden.launch import Launched, LaunchFailed, User, launch
+from pytest_vmsandbox.warden.launch import Launched, LaunchFailed, User, launch, sentence_of
 from pytest_vmsandbox.warden.requests import (
     DESCRIPTORS_AT_MOST,
     PACKET_BYTES,
@@ -128,9 +128,9 @@ class Server:
             case LaunchFailed(code=code, sentence=sentence):
                 form: dict[str, object] = {"errno": code, "refused": sentence}
             case OSError():
-                form = {"errno": error.errno or errno.EIO, "refused": str(error)}
+                form = {"errno": error.errno or errno.EIO, "refused": sentence_of(error)}
             case _:
-                form = {"errno": errno.EINVAL, "refused": str(error)}
+                form = {"errno": None, "refused": str(error)}
         self._send({"number": number, **form})
 
     def _send(
