@@ -46,6 +46,9 @@ def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory-mib", type=int, default=128, help="memory in MiB (128)")
     parser.add_argument("--cpus", type=int, default=1, help="processors (1)")
     parser.add_argument("--accel", default="auto", help="auto, kvm or tcg")
+    parser.add_argument(
+        "--tier", default="auto", help="auto, root, sudo, qemu-vm, userns or bare (no walls)"
+    )
 
 
 @contextmanager
@@ -56,6 +59,7 @@ def open_machine(arguments: argparse.Namespace) -> Iterator[tuple[MachineControl
         memory_mib=arguments.memory_mib,
         cpus=arguments.cpus,
         accel=arguments.accel,
+        tier=arguments.tier,
     )
     with RichProgress(Console(stderr=True)) as progress:
         worker = Worker(WorkerSettings(id="cli", cache_dir=cache_of(arguments)), progress=progress)

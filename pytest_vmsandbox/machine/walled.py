@@ -25,8 +25,8 @@ RETRY_S = 0.003
 # Descriptors 0, 1 and 2 come first.
 FIRST_FILE = 3
 
-# Threads of QEMU: processors, I/O, and a pool of at most 64 workers.
-PROCESSES = 192
+# Threads of QEMU: up to 255 processors, I/O, and a pool of at most 64 workers.
+PROCESSES = 512
 OPEN_FILES = 1024
 
 # What a VMM may write to any one file: its log is the only one that is the host's.
