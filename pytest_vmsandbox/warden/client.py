@@ -23,13 +23,16 @@ from pytest_vmsandbox.host.way import render_start
 from pytest_vmsandbox.linux import OwnedFd, ProcessIdentity
 from pytest_vmsandbox.linux.process_identity import read_boot_id
 from pytest_vmsandbox.warden.bundle import BOOTSTRAP, open_bundle
-from pytest_vmsandbox.warden.requests import PACKET_BYTES, Launch
+from pytest_vmsandbox.warden.requests import DESCRIPTORS_AT_MOST, PACKET_BYTES, Launch, Who
 from pytest_vmsandbox.warden.steps import render_step
 
 # What a warden may take to start, to answer, and to end, in seconds, on the slowest of hosts.
 START_S = 30.0
 ANSWER_S = 30.0
 END_S = 10.0
+
+# How often a full line is tried again, in seconds.
+RETRY_S = 0.005
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +120,8 @@ class Warden:
         self._waiting: dict[int, asyncio.Future[tuple[dict[str, Any], list[int]]]] = {}
         self._greeted: asyncio.Future[Greeting] = asyncio.get_running_loop().create_future()
         self._processes: dict[int, JailedProcess] = {}
-        self._early: dict[int, int] = {}
+        self._early: dict[int, int] = {}  # who ended before whoever launched it was called
+        self._abandoned: set[int] = set()
         self._over = False
         asyncio.get_running_loop().add_reader(line, self._readable)
 
@@ -151,14 +155,7 @@ class Warden:
         form = asdict(replace(order, steps=()))
         form["steps"] = [render_step(step) for step in order.steps]
         answer, received = await self.ask({"request": "launch", **form}, descriptors)
-        (pidfd,) = received
-        uid = self.greeting.uid if order.who == "vmm" else os.getuid()
-        process = JailedProcess(self, answer["process"], OwnedFd(pidfd), uid=uid)
-        self._processes[process.number] = process
-        if process.number in self._early:
-            process.ended(self._early.pop(process.number))
-        elif self._over:
-            process.ended(-signal.SIGKILL)
+        process = self._adopt(answer["process"], received, who=order.who)
         try:
             yield process
         finally:
@@ -174,11 +171,16 @@ class Warden:
         answer = asyncio.get_running_loop().create_future()
         self._waiting[number] = answer
         try:
-            await self._send(json.dumps({"number": number, **form}).encode(), descriptors)
             async with asyncio.timeout(ANSWER_S):
+                await self._send(json.dumps({"number": number, **form}).encode(), descriptors)
                 told, received = await answer
-        except TimeoutError:
-            raise TimedOut("the warden's answer", ANSWER_S, self._last_words()) from None
+        except BaseException as error:
+            # We may have been cancelled after the answer came, and before we were called.
+            if answer.done() and not answer.cancelled() and not answer.exception():
+                self._give_up(*answer.result())
+            if isinstance(error, TimeoutError):
+                raise TimedOut("the warden's answer", ANSWER_S, self._last_words()) from None
+            raise
         finally:
             del self._waiting[number]
         if "refused" in told:
@@ -188,8 +190,12 @@ class Warden:
     def tell(self, process: int, number: signal.Signals) -> None:
         """Send a signal; nobody waits for the answer, and a process that has ended is none."""
         form = {"number": 0, "request": "signal", "process": process, "signal": int(number)}
-        with suppress(OSError):
+        try:
             self._line.send(json.dumps(form).encode())
+        except BlockingIOError:  # it has much to read, and reads it
+            asyncio.get_running_loop().call_later(RETRY_S, self.tell, process, number)
+        except OSError:
+            return  # it has ended, and all that it launched
 
     async def close(self) -> None:
         """End it, and all that it launched, and wait for that."""
@@ -199,8 +205,10 @@ class Warden:
         try:
             await asyncio.to_thread(self._child.wait, END_S)
         except subprocess.TimeoutExpired:
-            with suppress(PermissionError):  # sudo's: it belongs to root, and ends with its child
+            # sudo's belongs to root, and ends with its child
+            with suppress(PermissionError, subprocess.TimeoutExpired):
                 self._child.kill()
+                await asyncio.to_thread(self._child.wait, END_S)
             raise TimedOut("the end of the warden", END_S, self._last_words()) from None
 
     # What comes in
@@ -211,14 +219,18 @@ class Warden:
                 f"the request has {len(packet)} bytes, more than {PACKET_BYTES}",
                 "shorten the command's arguments and environment",
             )
+        if len(descriptors) > DESCRIPTORS_AT_MOST:
+            raise RequestInvalid(
+                f"the request has {len(descriptors)} descriptors, more than {DESCRIPTORS_AT_MOST}"
+            )
         while True:
             if self._over:
                 raise ConnectionError(errno.EPIPE, f"the warden has ended: {self._last_words()}")
             try:
                 socket.send_fds(self._line, [packet], list(descriptors))
             except BlockingIOError:
-                await asyncio.sleep(0.005)
-            except OSError as error:
+                await asyncio.sleep(RETRY_S)
+            except ConnectionError as error:
                 raise ConnectionError(
                     errno.EPIPE, f"the warden has ended: {self._last_words()}"
                 ) from error
@@ -246,20 +258,40 @@ class Warden:
             case {"ended": number, "returncode": returncode}:
                 if process := self._processes.get(number):
                     process.ended(returncode)
+                elif number in self._abandoned:
+                    self._abandoned.remove(number)
                 else:
                     self._early[number] = returncode
             case {"number": number} if waiting := self._waiting.get(number):
                 if not waiting.done():
                     waiting.set_result((form, descriptors))
                     return
-            case {"process": number}:  # whoever asked for it has given up
-                self.tell(number, signal.SIGKILL)
             case {"uid": uid, "kvm": kvm, "groups": groups, "limits": limits}:
                 self._greeted.set_result(
                     Greeting(uid=uid, kvm=kvm, groups=tuple(groups), limits=tuple(limits))
                 )
+        self._give_up(form, descriptors)
+
+    def _give_up(self, form: Mapping[str, Any], descriptors: Sequence[int]) -> None:
+        """Undo what was done for somebody who does not wait for it any more."""
         for descriptor in descriptors:
             os.close(descriptor)
+        number = form.get("process")
+        if number is not None and self._early.pop(number, None) is None:
+            self._abandoned.add(number)
+            self.tell(number, signal.SIGKILL)
+
+    def _adopt(self, number: int, descriptors: Sequence[int], *, who: Who) -> JailedProcess:
+        """What was launched, as an object that is told of its end."""
+        (pidfd,) = descriptors
+        uid = self.greeting.uid if who is Who.VMM else os.getuid()
+        process = JailedProcess(self, number, OwnedFd(pidfd), uid=uid)
+        self._processes[number] = process
+        if number in self._early:
+            process.ended(self._early.pop(number))
+        elif self._over:
+            process.ended(-signal.SIGKILL)
+        return process
 
     def _lose(self) -> None:
         """The warden is gone, and the kernel ended with it what it had launched."""
