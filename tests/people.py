@@ -91,6 +91,13 @@ def plain_environment() -> Mapping[str, str]:
 def qemu_vm_user() -> Iterator[pwd.struct_passwd]:
     """The user `qemu-vm`; made, and removed afterwards, only where there is none."""
     require_root_and_sudo()
+    with made_qemu_vm() as user:
+        yield user
+
+
+@contextmanager
+def made_qemu_vm() -> Iterator[pwd.struct_passwd]:
+    """The same for who is no fixture; we are root."""
     with ExitStack() as undo:
         with user_database():
             if QEMU_VM_MADE_BY_TESTS.exists() or not user_exists("qemu-vm"):
@@ -141,6 +148,13 @@ def people(qemu_vm_user: pwd.struct_passwd) -> Iterator[Mapping[Kind, Person]]:
 def person(request: pytest.FixtureRequest, people: Mapping[Kind, Person]) -> Person:
     """Each kind of user in turn."""
     someone = people[request.param]
+    if not person_reaches_checkout(someone):
+        pytest.skip(f"{someone.kind} can't reach this checkout or its interpreter")
+    return someone
+
+
+def person_reaches_checkout(someone: Person) -> bool:
+    """Whether they can import this package with this interpreter."""
     tried = subprocess.run(
         someone.argv(sys.executable, "-c", "import pytest_vmsandbox"),
         cwd=CHECKOUT,
@@ -149,9 +163,7 @@ def person(request: pytest.FixtureRequest, people: Mapping[Kind, Person]) -> Per
         timeout=60,
         check=False,
     )
-    if tried.returncode != 0:
-        pytest.skip(f"{someone.kind} can't reach this checkout or its interpreter")
-    return someone
+    return tried.returncode == 0
 
 
 def person_named(name: str, *, kind: Kind) -> Person:

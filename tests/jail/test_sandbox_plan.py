@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +179,9 @@ def test_the_steps_are_such_as_the_warden_takes() -> None:
         extra_mounts=[(None, "/a", "tmpfs"), ("/usr", "/b", "", "bind")],
     ).steps
 
-    assert parse_steps([render_step(step) for step in steps]) == steps
+    crossed = json.loads(json.dumps([render_step(step) for step in steps]))
+
+    assert parse_steps(crossed) == steps
 
 
 def test_mounts_that_can_not_be_reached_are_left_out() -> None:
