@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from pytest_vmsandbox import (
     TimedOut,
     VmmDied,
 )
+from tests.signals import send_signal
 
 
 def _vmm_pid(vm: Machine) -> int:
@@ -39,7 +39,7 @@ def _within(*, seconds: float) -> Iterator[None]:
 def test_a_vmm_that_is_killed_is_noticed_by_whoever_waits(vm: Machine) -> None:
     sleeping = vm.popen("echo begun; sleep 100")
     sleeping.stdout.readline()
-    os.kill(_vmm_pid(vm), signal.SIGKILL)
+    send_signal(_vmm_pid(vm), signal.SIGKILL)
 
     with _within(seconds=10), pytest.raises(VmmDied, match="with -9") as died:
         sleeping.wait(timeout=60)
@@ -49,7 +49,7 @@ def test_a_vmm_that_is_killed_is_noticed_by_whoever_waits(vm: Machine) -> None:
 
 
 def test_after_its_vmm_died_every_verb_says_so_and_power_on_mends_it(vm: Machine) -> None:
-    os.kill(_vmm_pid(vm), signal.SIGKILL)
+    send_signal(_vmm_pid(vm), signal.SIGKILL)
 
     verbs: list[Callable[[], object]] = [
         lambda: vm.run(["true"]),
@@ -109,7 +109,7 @@ def test_a_guest_whose_vmm_is_stopped_times_out_and_says_that_nobody_answers(
     vm: Machine,
 ) -> None:
     pid = _vmm_pid(vm)
-    os.kill(pid, signal.SIGSTOP)
+    send_signal(pid, signal.SIGSTOP)
     try:
         with _within(seconds=20), pytest.raises(TimedOut) as late:
             vm.run(["true"], timeout=1)
@@ -117,14 +117,14 @@ def test_a_guest_whose_vmm_is_stopped_times_out_and_says_that_nobody_answers(
         assert "the guest's agent answers: no" in str(late.value)
         assert "console:" in str(late.value)
     finally:
-        os.kill(pid, signal.SIGCONT)
+        send_signal(pid, signal.SIGCONT)
 
     assert vm.run(["true"]).returncode == 0
 
 
 def test_a_stopped_vmm_is_ended_with_its_fixture_all_the_same(vm: Machine) -> None:
     pid = _vmm_pid(vm)
-    os.kill(pid, signal.SIGSTOP)
+    send_signal(pid, signal.SIGSTOP)
     with _within(seconds=10):
         vm.power_cut()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 import time
 from pathlib import Path
@@ -21,6 +20,7 @@ from pytest_vmsandbox import (
 )
 from pytest_vmsandbox.machine.spec import MachineSpec
 from pytest_vmsandbox.machine.worker import Worker
+from tests.signals import send_signal
 
 
 def _pid(vm: Machine | AsyncMachine) -> int:
@@ -44,10 +44,10 @@ def test_a_guest_that_can_not_answer_is_not_waited_for_without_end(vm: Machine) 
 
 async def test_a_vmm_that_is_killed_during_a_shutdown_died(async_vm: AsyncMachine) -> None:
     pid = _pid(async_vm)
-    os.kill(pid, signal.SIGSTOP)
+    send_signal(pid, signal.SIGSTOP)
     ending = asyncio.create_task(async_vm.shutdown(timeout=30))
     await asyncio.sleep(0.2)
-    os.kill(pid, signal.SIGKILL)
+    send_signal(pid, signal.SIGKILL)
 
     with pytest.raises(VmmDied):
         await ending

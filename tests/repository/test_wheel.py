@@ -33,9 +33,9 @@ def test_sync(vm):
     assert vm.run("uname -s").stdout == "Linux\\n"
 
 @pytest.mark.asyncio
-async def test_async(async_vm):
+async def test_async(async_vm, vm_host):
     assert (await async_vm.run("id -u")).stdout == "0\\n"
-    assert async_vm.facts.tier == "bare"
+    assert async_vm.facts.tier == vm_host.tier
 """
 
 

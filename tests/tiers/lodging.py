@@ -1,0 +1,122 @@
+"""A lodging: a user for one tier, with a home and a cache; nothing of it is left afterwards."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pytest_vmsandbox.image.image import Image
+from tests.people import as_user, made_qemu_vm, made_sudoers, made_user
+
+# What a tier's user is given to start a warden with; {user} is the user's name.
+SUDO_RULES = {
+    "sudo": "{user} ALL=(ALL:ALL) NOPASSWD: ALL",
+    "qemu-vm": "{user} ALL=(qemu-vm) NOPASSWD: ALL",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lodging:
+    """Who runs a tier's tests, and where that one may write; `left` is what was found at the end.
+
+    `left` is filled, and everything in it removed, when the lodging is closed.
+    """
+
+    tier: str
+    user: str
+    place: Path
+    left: list[str] = field(default_factory=list)
+
+    @property
+    def cache(self) -> Path:
+        """Where its images are kept."""
+        return self.place / "home" / ".cache" / "vmsandbox"
+
+    def argv(self, *argv: str | Path) -> list[str]:
+        """The command line that runs `argv` as its user, in the lodging."""
+        return [*as_user(self.user), *map(str, argv)]
+
+    def environment(self) -> dict[str, str]:
+        """All of the environment: nothing of ours, of coverage's or of an outer run's."""
+        home = self.place / "home"
+        return {
+            "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+            "HOME": str(home),
+            "USER": self.user,
+            "LANG": "C.UTF-8",
+            "TMPDIR": str(self.place / "tmp"),
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "HYPOTHESIS_STORAGE_DIRECTORY": str(home / "hypothesis"),
+            "VMSANDBOX_TIER": self.tier,
+            "VMSANDBOX_CACHE_DIR": str(self.cache),
+        }
+
+
+@contextmanager
+def open_lodging(tier: str, *, image: Image, agents: Sequence[Path]) -> Iterator[Lodging]:
+    """A lodging for a tier, with a copy of an image and of agents in its cache; we are root."""
+    with ExitStack() as undo:
+        undo.enter_context(made_qemu_vm())
+        name = "root"
+        if tier != "root":
+            # Two runs at once, and tiers of one run, have users of their own.
+            name = f"vmst{os.getpid()}{tier[:1]}"
+            undo.enter_context(made_user(name))
+        if rule := SUDO_RULES.get(tier):
+            undo.enter_context(made_sudoers(name, [rule.format(user=name)]))
+        place = Path(undo.enter_context(tempfile.TemporaryDirectory(prefix="vmst-", dir="/tmp")))
+        lodging = Lodging(tier=tier, user=name, place=place)
+        _furnish(lodging, image=image, agents=agents)
+        if tier != "root":
+            undo.callback(_leave, lodging)
+        yield lodging
+
+
+def _furnish(lodging: Lodging, *, image: Image, agents: Sequence[Path]) -> None:
+    lodging.place.chmod(0o755)
+    (lodging.place / "tmp").mkdir()
+    lodging.cache.mkdir(parents=True)
+    # Built anew it would be the same, after half a minute. The packages decide which it is.
+    shutil.copytree(image.directory.parents[1] / "packages", lodging.cache / "packages")
+    shutil.copytree(image.directory, lodging.cache / "images" / image.directory.name)
+    for agent in agents:
+        shutil.copy2(agent, lodging.cache)
+    user = pwd.getpwnam(lodging.user)
+    for found in [lodging.place, *lodging.place.rglob("*")]:
+        os.chown(found, user.pw_uid, user.pw_gid, follow_symlinks=False)
+
+
+def _leave(lodging: Lodging) -> None:
+    """Note and remove what lies about."""
+    uid = pwd.getpwnam(lodging.user).pw_uid
+    base = Path(f"/tmp/vmsandbox-{uid}")  # the base of its run directories
+    for path in _files_of(uid):
+        if path != base:
+            lodging.left.append(str(path))
+        else:
+            runs = [run for run in path.iterdir() if run.name != "mount-points"]
+            lodging.left.extend(map(str, [*runs, *(path / "mount-points").glob("*")]))
+        _remove(path)
+
+
+def _files_of(uid: int) -> list[Path]:
+    return [
+        path
+        for folder in map(Path, ("/tmp", "/var/tmp", "/dev/shm", "/run", "/run/lock"))
+        if folder.is_dir()
+        for path in folder.iterdir()
+        if not path.name.startswith("vmst-") and path.lstat().st_uid == uid
+    ]
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
