@@ -283,7 +283,11 @@ def _only_readable(descriptor: int, path: str) -> int:
             raise OSError(errno.ESTALE, "it is not the file that was handed over", path)
         mount_setattr(AtLocation(mount), attr_set=MountAttrFlags.MOUNT_ATTR_RDONLY)
         # O_NONBLOCK: nobody is waited for where it is a pipe, or leased (fcntl(2)).
-        return os.open(AtLocation(mount).fspath(), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+        try:
+            return os.open(AtLocation(mount).fspath(), flags)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, path) from None
 
 
 def _limit(limits: Limits) -> None:
