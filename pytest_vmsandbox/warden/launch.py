@@ -83,9 +83,9 @@ class LaunchFailed(Exception):
 
 
 def launch(
-    order: Launch, descriptors: Sequence[int], *, user: User, confine: Callable[[int], None]
+    order: Launch, descriptors: Sequence[int], *, user: User, confine: Callable[[], None]
 ) -> Launched:
-    """Start it as `user`; `confine` puts its pid into a control group, before it does anything.
+    """Start it as `user`; it calls `confine` first of all, to go into a control group.
 
     We must be pid 1 of a pid namespace, so that the process becomes our child. Returns once the
     program itself runs; raises LaunchFailed, and then nothing of it is left.
@@ -96,11 +96,9 @@ def launch(
         stage = os.fork()
         if stage == 0:
             ours.close()
-            _Stage(order, descriptors, user=user, line=theirs).run()
+            _Stage(order, descriptors, user=user, confine=confine, line=theirs).run()
         theirs.close()
         try:
-            confine(stage)
-            ours.send(_GO)
             _receive(ours)
             write_identity_maps(
                 stage, uid=user.uid, gid=user.gid, deny_setgroups=user.groups is None
@@ -171,11 +169,18 @@ class _Stage:
     """The forked half: it never returns to the warden's code."""
 
     def __init__(
-        self, order: Launch, descriptors: Sequence[int], *, user: User, line: socket.socket
+        self,
+        order: Launch,
+        descriptors: Sequence[int],
+        *,
+        user: User,
+        confine: Callable[[], None],
+        line: socket.socket,
     ) -> None:
         self._order = order
         self._descriptors = descriptors
         self._user = user
+        self._confine = confine
         self._line = line
 
     def run(self) -> NoReturn:
@@ -202,7 +207,7 @@ class _Stage:
 
     def _unshare(self) -> None:
         signal.set_wakeup_fd(-1)  # the warden's, for its own children
-        self._wait_to_go()  # we are in our control group
+        self._confine()
         user = self._user
         if user.groups is not None:
             os.setgroups(user.groups)

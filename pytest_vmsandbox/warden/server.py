@@ -158,11 +158,11 @@ class Server:
     def _launch(self, order: Launch, descriptors: Sequence[OwnedFd]) -> Answer:
         with ExitStack() as undo:
             group: Group | None = None
-            confine: Callable[[int], None] = _nothing
+            confine: Callable[[], None] = _nothing
             if order.group is not None and self._hierarchies:
                 group = Group(order.group, hierarchies=self._hierarchies, limits=order.limits)
                 undo.callback(group.close)
-                confine = group.add
+                confine = group.enter
             launched = launch(order, descriptors, user=self._users[order.who], confine=confine)
             self._held[launched.pid] = _Held(launched=launched, group=group)
             undo.pop_all()
@@ -208,7 +208,7 @@ class Server:
         self._held.clear()
 
 
-def _nothing(_: int) -> None:
+def _nothing() -> None:
     """No control group is asked for, or none can be had."""
 
 
