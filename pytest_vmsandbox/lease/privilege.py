@@ -80,13 +80,12 @@ class SudoPrivilege(OwnPrivilege):
             return
         if not all(item.denied for item in kept):
             raise refusal(place.path, kept)
-        for root in _roots(place, kept):
-            self._require_below_run_directory(root)
-            _sudo(
-                *("unshare", "--mount", "--propagation", "private", "--"),
-                *("sh", "-c", _REMOVE_IN_OWN_VIEW, "sh", root.parent, root),
-                deadline_s=_REMOVAL_DEADLINE_S,
-            )
+        try:
+            for root in _roots(place, kept):
+                self._remove_in_own_view(root)
+        except OSError as error:
+            failed = Kept(path=Path(), reason=str(error.strerror), denied=True)
+            raise refusal(place.path, [kept[0], failed, *kept[1:]]) from error
         remove_tree(place)
 
     def remove_cgroup(self, path: Path) -> None:
@@ -95,6 +94,14 @@ class SudoPrivilege(OwnPrivilege):
             super().remove_cgroup(path)
         except PermissionError:
             _sudo("rmdir", "--", path)
+
+    def _remove_in_own_view(self, path: Path) -> None:
+        self._require_below_run_directory(path)
+        _sudo(
+            *("unshare", "--mount", "--propagation", "private", "--"),
+            *("sh", "-c", _REMOVE_IN_OWN_VIEW, "sh", path.parent, path),
+            deadline_s=_REMOVAL_DEADLINE_S,
+        )
 
     def _require_below_run_directory(self, path: Path) -> None:
         if not is_below_run_directory(path):

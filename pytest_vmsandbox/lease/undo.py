@@ -96,6 +96,8 @@ def _undo(entry: Entry, around: _Circumstances) -> str:
 
 
 def _end(identity: ProcessIdentity, around: _Circumstances) -> str:
+    if identity.pid in (1, os.getpid()):
+        raise _still_there(identity.pid, "it is init, or ourselves")
     try:
         pidfd = identity.open_pidfd()
     except ProcessLookupError:
