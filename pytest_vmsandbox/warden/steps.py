@@ -133,9 +133,13 @@ def parse_steps(forms: object) -> tuple[Step, ...]:
     if not isinstance(first, Tmpfs | Bind) or first.target != "/":
         raise RequestInvalid(f"the first step must make the root: {first}")
     for step in others:
-        if isinstance(step, Tmpfs | Bind | Proc) and step.target == "/":
+        if isinstance(step, Tmpfs | Bind | Proc) and _is_root(step.target):
             raise RequestInvalid(f"there is a root already: {step}")
     return steps
+
+
+def _is_root(target: str) -> bool:
+    return all(part in ("", ".") for part in target.split("/"))
 
 
 def _parse_step(form: object) -> Step:
