@@ -1,0 +1,312 @@
+"""The arena: a host with victims, and a hostile program let loose in it as a VMM of some tier.
+
+It is run as the user who has the tier, and prints what came of it, as JSON.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import sys
+import tempfile
+import zipfile
+from collections.abc import AsyncIterator, Awaitable, Iterator
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from pytest_vmsandbox.deadline import Deadline
+from pytest_vmsandbox.host.facts import Tier
+from pytest_vmsandbox.linux import CloneFlags, MountFlags, mount, unshare
+from pytest_vmsandbox.machine.walled import WalledLauncher
+from pytest_vmsandbox.vmm.bare import BareLauncher
+from pytest_vmsandbox.vmm.launch import Launcher, LaunchRequest, VmmProcess
+from pytest_vmsandbox.warden.client import Warden, open_warden
+from tests.escape import victims
+from tests.escape.attempts.others import SECRET, TRAPS
+from tests.escape.attempts.table import Targets
+
+HERE = Path(__file__).parent
+CHECKOUT = HERE.parents[1]
+PYTHON = "/usr/bin/python3"
+MEMORY_MIB = 1024
+
+_MAIN = "from tests.escape.attempts.run import start\nstart()\n"
+_PACKAGES = ("tests/", "tests/escape/", "tests/escape/attempts/")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ground:
+    """The files of an arena, and its launchers: our own, and that of another worker."""
+
+    directory: Path
+    image: Path
+    program: Path
+    secret: Path
+    launchers: tuple[Launcher, Launcher]
+    warden: Warden | None
+
+    def request(self, name: str, *words: str) -> LaunchRequest:
+        """The hostile program in some role, as if it were a VMM called `name`."""
+        directory = self.directory / "run" / name
+        directory.mkdir(exist_ok=True)
+        files = (self.image, self.program)
+        seen = self.launchers[0].view(directory=directory, files=files)
+        role, *rest = words
+        room = () if role == "attempts" else (str(seen.directory),)
+        return LaunchRequest(
+            id=name,
+            argv=[PYTHON, "-I", "-S", str(seen.files[self.program]), role, *room, *rest],
+            directory=directory,
+            log=self.directory / "run" / f"{name}.log",
+            files=files,
+            memory_mib=MEMORY_MIB,
+        )
+
+    def path_of(self, name: str, file: str) -> str:
+        """Where a machine's file lies, as somebody else would look for it."""
+        directory = self.directory / "run" / name
+        seen = self.launchers[0].view(directory=directory, files=()).directory
+        return str(seen / file)
+
+
+@asynccontextmanager
+async def ground(tier: Tier) -> AsyncIterator[Ground]:
+    """An arena for that tier."""
+    with _files() as directory:
+        async with AsyncExitStack() as stack:
+            wardens = []
+            if tier is not Tier.BARE:
+                for name in ("ours", "theirs"):
+                    log = directory / f"{name}.log"
+                    wardens.append(await stack.enter_async_context(open_warden(tier, log=log)))
+            launchers: list[Launcher] = [WalledLauncher(warden) for warden in wardens]
+            first, second = launchers or (BareLauncher(), BareLauncher())
+            yield Ground(
+                directory=directory,
+                image=directory / "image",
+                program=directory / "program.zip",
+                secret=directory / "secret",
+                launchers=(first, second),
+                warden=wardens[0] if wardens else None,
+            )
+
+
+@contextmanager
+def _files() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="vmst-", dir="/tmp") as name:
+        directory = Path(name)
+        directory.chmod(0o755)  # so that nothing but the view keeps anybody out
+        (directory / "run").mkdir()
+        (directory / "image").write_bytes(b"image" * 10_000)
+        (directory / "secret").write_text("precious")
+        with zipfile.ZipFile(directory / "program.zip", "w") as program:
+            for package in _PACKAGES:
+                program.mkdir(package)
+            for module in sorted((HERE / "attempts").glob("*.py")):
+                program.write(module, f"{_PACKAGES[-1]}{module.name}")
+            program.writestr("__main__.py", _MAIN)
+        for path in directory.iterdir():
+            path.chmod(0o755 if path.is_dir() else 0o644)
+        yield directory
+
+
+@asynccontextmanager
+async def neighbours(place: Ground) -> AsyncIterator[dict[str, VmmProcess]]:
+    """Another machine of the same worker, and one of another worker; both answer."""
+    async with AsyncExitStack() as stack:
+        found: dict[str, VmmProcess] = {}
+        for name, launcher in zip(("beside", "elsewhere"), place.launchers, strict=True):
+            request = place.request(name, "neighbour")
+            found[name] = await stack.enter_async_context(launcher.launch(request))
+            assert await ask(found[name]) == SECRET
+        yield found
+
+
+async def ask(process: VmmProcess) -> str:
+    """What a neighbour answers; it starts a thread to do so."""
+    sock = await process.connect("qmp.sock", deadline=Deadline.after(seconds=20))
+    return await asyncio.to_thread(_read, sock)
+
+
+def _read(sock: socket.socket) -> str:
+    with sock:
+        sock.settimeout(20)
+        return b"".join(iter(lambda: sock.recv(1000), b"")).decode()
+
+
+async def attempts(tier: Tier) -> dict[str, object]:
+    """Make all attempts of the table; what came of each, and what the victims look like."""
+    async with ground(tier) as place, neighbours(place) as beside:
+        with ExitStack() as stack:
+            listening = stack.enter_context(victims.listeners(place.directory))
+            victim = stack.enter_context(victims.victim()).pid
+            targets = Targets(
+                room=place.path_of("hostile", "").rstrip("/"),
+                image=_seen(place, place.image),
+                image_on_host=str(place.image),
+                log=str(place.directory / "run" / "hostile.log"),
+                secret=str(place.secret),
+                secret_handle=victims.file_handle(place.secret),
+                planted="planted",
+                checkout=str(CHECKOUT),
+                run_directory=str(place.directory / "run"),
+                neighbour_files=tuple(place.path_of(name, "secret") for name in beside),
+                neighbour_sockets=tuple(place.path_of(name, "qmp.sock") for name in beside),
+                neighbours=tuple(process.pid for process in beside.values()),
+                victim=victim,
+                driver=os.getpid(),
+                warden=place.warden.pid if place.warden else os.getppid(),
+                tcp_port=listening.tcp.getsockname()[1],
+                tcp6_port=listening.tcp6.getsockname()[1] if listening.tcp6 else 1,
+                udp_port=listening.udp.getsockname()[1],
+                abstract=listening.abstract_name,
+                listener=str(place.directory / "listener.sock"),
+                key=victims.session_key(),
+                ipc_key=stack.enter_context(victims.ipc_objects()),
+                queue=stack.enter_context(victims.message_queue()),
+                shared_file=str(stack.enter_context(victims.shared_file())),
+                memory_mib=MEMORY_MIB,
+            )
+            return await _attempted(place, targets, listening, beside)
+
+
+def _seen(place: Ground, path: Path) -> str:
+    files = (place.image, place.program)
+    return str(place.launchers[0].view(directory=place.directory, files=files).files[path])
+
+
+async def _attempted(
+    place: Ground,
+    targets: Targets,
+    listening: victims.Listeners,
+    beside: dict[str, VmmProcess],
+) -> dict[str, object]:
+    request = place.request("hostile", "attempts", targets.render())
+    (request.directory / targets.planted).symlink_to(place.secret)
+
+    def state() -> dict[str, object]:
+        return {
+            "victim": victims.state_of_process(targets.victim),
+            "image": victims.state_of_file(place.image),
+            "secret": victims.state_of_file(place.secret),
+        }
+
+    before = state()
+    async with place.launchers[0].launch(request) as process:
+        status = await process.wait()
+    lines = request.log.read_text(errors="backslashreplace").splitlines()
+    results = [json.loads(line) for line in lines if line.startswith('{"attempt"')]
+    return {
+        "status": status,
+        "said": [line for line in lines if not line.startswith('{"attempt"')],
+        "results": {result.pop("attempt"): result for result in results},
+        "heard": listening.heard(),
+        "harm": _differences(before, state()),
+        "neighbours": [await ask(neighbour) for neighbour in beside.values()],
+        "limits": list(place.warden.greeting.limits) if place.warden else [],
+    }
+
+
+def _differences(before: dict[str, object], after: dict[str, object]) -> list[str]:
+    return [f"{name}: {before[name]} -> {after[name]}" for name in before if before[name] != after[name]]
+
+
+async def traps(tier: Tier) -> dict[str, object]:
+    """Have the warden, or pytest, look at each trap in a hostile room; what it said."""
+    async with ground(tier) as place, neighbours(place) as beside:
+        with victims.listeners(place.directory) as listening:
+            listener = place.directory / "listener.sock"
+            request = place.request("hostile", "planter", str(listener), str(place.secret))
+            async with place.launchers[0].launch(request) as process:
+                await _said(process, "planted", request.log)
+                connected = {name: await _outcome(_connect(process, name)) for name in TRAPS}
+                # Without walls, nobody but its owner makes this directory; a fifo would hold us.
+                read = {
+                    name: await _outcome(_read_file(process, name))
+                    for name in TRAPS
+                    if place.warden is not None
+                }
+            heard = listening.heard()
+        return {
+            "connected": connected,
+            "read": read,
+            "heard": heard,
+            "neighbours": [await ask(neighbour) for neighbour in beside.values()],
+        }
+
+
+async def siege(tier: Tier) -> dict[str, object]:
+    """Let a machine hold all that it can get; what others still can do."""
+    async with ground(tier) as place, neighbours(place) as beside:
+        request = place.request("hostile", "siege")
+        async with place.launchers[0].launch(request) as process:
+            held = await _said(process, "held", request.log)
+            return {
+                "held": json.loads(held),
+                "neighbours": [await _outcome(ask(neighbour)) for neighbour in beside.values()],
+                "another machine": await _outcome(_another(place, place.launchers[0])),
+                "another worker's": await _outcome(_another(place, place.launchers[1])),
+                "sending descriptors": await _outcome(_send_descriptor()),
+                "log MiB": request.log.stat().st_size >> 20,
+            }
+
+
+async def _said(process: VmmProcess, name: str, log: Path) -> str:
+    deadline = Deadline.after(seconds=60)
+    while True:
+        try:
+            if text := await process.read_file(name):
+                return text.decode()
+        except FileNotFoundError:
+            pass
+        if deadline.passed:
+            raise deadline.timed_out(name, log.read_text(errors="backslashreplace"))
+        await asyncio.sleep(0.02)
+
+
+async def _outcome(awaitable: Awaitable[str]) -> str:
+    try:
+        return await awaitable
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is what is asked for
+        return f"{type(error).__name__}: {error}"[:500]
+
+
+async def _connect(process: VmmProcess, name: str) -> str:
+    (await process.connect(name, deadline=Deadline.after(seconds=0.3))).close()
+    return "connected"
+
+
+async def _read_file(process: VmmProcess, name: str) -> str:
+    return f"read {await process.read_file(name)!r}"
+
+
+async def _another(place: Ground, launcher: Launcher) -> str:
+    request = place.request(f"late{len(list((place.directory / 'run').iterdir()))}", "neighbour")
+    async with launcher.launch(request) as process:
+        return await ask(process)
+
+
+async def _send_descriptor() -> str:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        socket.send_fds(ours, [b"x"], [0])
+    return "sent"
+
+
+_PARTS = {"attempts": attempts, "traps": traps, "siege": siege}
+
+
+def main(part: str, tier: Tier) -> None:
+    """Do one part in one tier, and print what came of it."""
+    if tier is Tier.BARE and os.getuid() == 0:
+        # What root does without walls, it does to a world of the test's own.
+        unshare(CloneFlags.CLONE_NEWNS | CloneFlags.CLONE_NEWUTS | CloneFlags.CLONE_NEWIPC)
+        mount(None, "/", None, MountFlags.REC | MountFlags.PRIVATE)
+    print(json.dumps(asyncio.run(_PARTS[part](tier))))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Tier(sys.argv[2]))

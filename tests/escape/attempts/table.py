@@ -1,0 +1,110 @@
+"""The table of attempts: what a hostile program in the VMM's place tries, each under a name.
+
+These modules run twice over: in the tests, which read the table, and in a jail, out of a zip file
+and with nothing but the standard library.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+
+class Refused(Exception):
+    """The attempt came to nothing, and no system call said so."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Targets:
+    """What the hostile program is told of the host: more than it could ever guess."""
+
+    room: str
+    image: str
+    image_on_host: str
+    log: str
+    secret: str
+    secret_handle: str
+    planted: str
+    checkout: str
+    run_directory: str
+    neighbour_files: tuple[str, ...]
+    neighbour_sockets: tuple[str, ...]
+    neighbours: tuple[int, ...]
+    victim: int
+    driver: int
+    warden: int
+    tcp_port: int
+    tcp6_port: int
+    udp_port: int
+    abstract: str
+    listener: str
+    key: int
+    ipc_key: int
+    queue: str
+    shared_file: str
+    memory_mib: int
+
+    def render(self) -> str:
+        """The form in which it is handed to the hostile program."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def parse(cls, text: str) -> Targets:
+        """Read what `render` made."""
+        form = json.loads(text)
+        lists = {name: tuple(value) for name, value in form.items() if isinstance(value, list)}
+        return cls(**{**form, **lists})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempt:
+    """One thing to try. It returns what was got, or raises OSError or Refused.
+
+    `not_apart` says why walls do not stop it, and `not_apart_in` in which tiers (all, where it is
+    empty). `harmful` attempts are made behind walls only. `unproved` says why it gets out nowhere,
+    not even without walls; `by_host` that this depends on what the host has and allows.
+    """
+
+    name: str
+    does: str
+    run: Callable[[Targets], str]
+    subject: str
+    not_apart: str
+    not_apart_in: tuple[str, ...]
+    harmful: bool
+    unproved: str
+    by_host: bool
+
+
+ATTEMPTS: dict[str, Attempt] = {}
+
+
+def attempt(
+    does: str,
+    *,
+    not_apart: str = "",
+    not_apart_in: tuple[str, ...] = (),
+    harmful: bool = False,
+    unproved: str = "",
+    by_host: bool = False,
+) -> Callable[[Callable[[Targets], str]], Callable[[Targets], str]]:
+    """Put a function into the table, under its own name."""
+
+    def put(run: Callable[[Targets], str]) -> Callable[[Targets], str]:
+        name = run.__name__.replace("_", "-")
+        assert name not in ATTEMPTS, name
+        ATTEMPTS[name] = Attempt(
+            name=name,
+            does=does,
+            run=run,
+            subject=run.__module__.rpartition(".")[2],
+            not_apart=not_apart,
+            not_apart_in=not_apart_in,
+            harmful=harmful,
+            unproved=unproved,
+            by_host=by_host,
+        )
+        return run
+
+    return put
