@@ -175,11 +175,15 @@ def person_named(name: str, *, kind: Kind) -> Person:
 def made_user(name: str) -> Iterator[None]:
     with user_database():
         run("useradd", "--user-group", "--no-create-home", "--shell", "/bin/sh", name)
+    run_directories = Path(f"/tmp/vmsandbox-{pwd.getpwnam(name).pw_uid}")
     try:
         yield
     finally:
         with user_database():
             run("userdel", name)
+            # While nobody can get the same uid: what they had for themselves goes with them.
+            if run_directories.exists():
+                shutil.rmtree(run_directories)
 
 
 @contextmanager

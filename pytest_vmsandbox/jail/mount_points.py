@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
-from pytest_vmsandbox.errors import RequestInvalid
+from pytest_vmsandbox.errors import RequestInvalid, TeardownRefused
 from pytest_vmsandbox.jail.sandbox_plan import MountPoint
 from pytest_vmsandbox.lease.run_directory import default_base, make_private
 from pytest_vmsandbox.linux import OwnedFd
@@ -36,14 +36,15 @@ def open_mount_points(points: Iterable[MountPoint], *, base: Path | None = None)
 
     A way is followed as from inside its root: neither a symbolic link nor `..` leads outside.
     What was made is removed only while it is still the same, and empty. RequestInvalid, with
-    nothing left, for one that can't be made, or that is a file where a directory must be.
+    nothing left, for one that can't be made, or that is a file where a directory must be;
+    TeardownRefused for one that can't be removed: all others are.
     `base` is where the register lies, the base of run directories if None.
     """
     wanted = tuple(points)
     if not wanted:
         yield
         return
-    held: list[_Held] = []
+    held = ExitStack()
     register = _Register(base or default_base())
     try:
         with register.locked():
@@ -52,8 +53,7 @@ def open_mount_points(points: Iterable[MountPoint], *, base: Path | None = None)
         yield
     finally:
         with register.locked():
-            while held:
-                held.pop().let_go()
+            held.close()
 
 
 class _Register:
@@ -120,18 +120,21 @@ class _Held:
         return os.path.samestat(found, seen)
 
     def _remove(self, seen: os.stat_result) -> None:
-        if stat.S_ISDIR(seen.st_mode):
-            try:
+        try:
+            if stat.S_ISDIR(seen.st_mode):
                 os.rmdir(self._name, dir_fd=self._parent)
-            except OSError as error:
-                # what somebody has put something into is not ours any more
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                    raise
-        elif seen.st_size == 0:
-            os.unlink(self._name, dir_fd=self._parent)
+            elif seen.st_size == 0:
+                os.unlink(self._name, dir_fd=self._parent)
+        except OSError as error:
+            # what somebody has put something into is not ours any more
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                path = f"{os.readlink(f'/proc/self/fd/{self._parent}')}/{self._name}"  # noqa: PTH115
+                raise TeardownRefused(
+                    path, str(error.strerror), f"findmnt; ls -la {path}"
+                ) from error
 
 
-def _hold(point: MountPoint, *, register: _Register, held: list[_Held]) -> None:
+def _hold(point: MountPoint, *, register: _Register, held: ExitStack) -> None:
     """Hold each component that is ours, or the last; make what is missing."""
     with ExitStack() as undo:
         flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
@@ -184,7 +187,7 @@ def _find_or_make(
 
 
 def _keep(
-    found: OwnedFd, above: OwnedFd, name: str, *, register: _Register, held: list[_Held]
+    found: OwnedFd, above: OwnedFd, name: str, *, register: _Register, held: ExitStack
 ) -> None:
     """Lock what is behind `found`, which is called `name` in `above`, and note that in `held`."""
     if not stat.S_ISDIR(mode := os.fstat(found).st_mode) and not stat.S_ISREG(mode):
@@ -193,7 +196,7 @@ def _keep(
         lock = OwnedFd(os.open(f"/proc/self/fd/{found}", os.O_RDONLY | os.O_CLOEXEC))
     except PermissionError:
         return  # what sandboxes make can be read by all
-    held.append(_Held(register, OwnedFd(os.dup(above)), name, lock))
+    held.callback(_Held(register, OwnedFd(os.dup(above)), name, lock).let_go)
     with suppress(BlockingIOError):
         if register.has(seen := os.fstat(lock)):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

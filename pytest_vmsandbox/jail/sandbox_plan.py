@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -72,7 +72,7 @@ def plan_sandbox(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _KernelPlace:
-    """A kernel's file system below a directory, and the mounts on it that are none."""
+    """A kernel's file system below a directory, and what is mounted on it and stays writable."""
 
     path: str
     is_proc: bool
@@ -94,14 +94,23 @@ def _kernel_places(source: str, mounts: Collection[MountInfo]) -> list[_KernelPl
             _KernelPlace(
                 path=_from(source, top),
                 is_proc=path != around and seen[path].fs_type == "proc",
-                others=tuple(
-                    _from(source, other)
-                    for other in below
-                    if is_at_or_below(other, top) and seen[other].fs_type not in KERNEL_FILE_SYSTEMS
-                ),
+                others=_others_on(seen, top, below, source)
+                if seen[path].fs_type == "devtmpfs"
+                else (),
             )
         )
     return places
+
+
+def _others_on(
+    seen: Mapping[str, MountInfo], top: str, below: Iterable[str], source: str
+) -> tuple[str, ...]:
+    """What is mounted on devices and belongs to programs: /dev/shm, terminals."""
+    return tuple(
+        _from(source, path)
+        for path in below
+        if is_at_or_below(path, top) and seen[path].fs_type not in KERNEL_FILE_SYSTEMS
+    )
 
 
 def visible_mounts(mounts: Iterable[MountInfo]) -> tuple[MountInfo, ...]:

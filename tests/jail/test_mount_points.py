@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from pytest_vmsandbox.errors import HostUnfit, RequestInvalid
+from pytest_vmsandbox.errors import HostUnfit, RequestInvalid, TeardownRefused
 from pytest_vmsandbox.jail.mount_points import REGISTER, open_mount_points
 from pytest_vmsandbox.jail.sandbox_plan import MountPoint
 from tests.people import CHECKOUT
@@ -170,6 +170,13 @@ def test_what_somebody_has_put_in_its_place_stays(root: Path, base: Path) -> Non
     assert (root / "a").read_text() == "precious"
 
 
+def test_what_somebody_has_removed_is_no_concern(root: Path, base: Path) -> None:
+    with open_mount_points([place(root, "/a/b")], base=base):
+        (root / "a/b").rmdir()
+
+    assert everything(root) == []
+
+
 def test_a_root_that_was_moved_away_is_found_again(root: Path, base: Path) -> None:
     with open_mount_points([place(root, "/a/b")], base=base):
         root.rename(root.with_name("moved"))
@@ -278,6 +285,20 @@ def test_what_has_changed_since_a_process_was_killed_stays(root: Path, base: Pat
         pass
 
     assert everything(root) == ["a", "a/b", "f"]
+
+
+def test_what_can_not_be_removed_is_named_and_the_rest_is_gone(root: Path, base: Path) -> None:
+    if os.getuid() != 0:
+        pytest.skip("takes root: it mounts")
+    busy = root / "busy"
+    with (
+        pytest.raises(TeardownRefused, match=str(busy)),
+        open_mount_points([place(root, "/busy"), place(root, "/other")], base=base),
+    ):
+        subprocess.run(["mount", "--bind", busy, busy], check=True)
+    subprocess.run(["umount", busy], check=True)
+
+    assert everything(root) == ["busy"]
 
 
 def test_a_pipe_or_a_socket_is_not_opened(root: Path, base: Path) -> None:

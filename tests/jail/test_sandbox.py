@@ -193,6 +193,12 @@ class TestFileSystem:
 
         assert written == (0, "", "")
 
+    def test_no_mount_of_the_kernels_can_be_written(self, somebody: Runner) -> None:
+        writable = somebody.says(python(WRITABLE_MOUNTS)).splitlines()
+
+        assert [path for path in writable if path.startswith(("/proc", "/sys"))] == []
+        assert "/dev" not in writable
+
     def test_the_devices_that_everybody_uses_work(self, somebody: Runner) -> None:
         seen = somebody.says(
             "head -c 4 /dev/zero | wc -c; echo x > /dev/null; head -c 1 /dev/urandom | wc -c"
