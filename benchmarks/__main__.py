@@ -22,6 +22,7 @@ from benchmarks.measurement import Measurement
 from benchmarks.probes import measure_probes
 from benchmarks.report import document_of, table_of
 from benchmarks.setting import HostDescription, Setting
+from benchmarks.walls import measure_walls
 from pytest_vmsandbox.errors import VmSandboxError
 
 BENCHMARKS: Final[dict[str, Callable[[Setting], Sequence[Measurement]]]] = {
@@ -31,6 +32,7 @@ BENCHMARKS: Final[dict[str, Callable[[Setting], Sequence[Measurement]]]] = {
     "import": measure_import,
     "files": measure_files,
     "probes": measure_probes,
+    "walls": measure_walls,
 }
 
 ROUNDS: Final = 5
