@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import socket
+import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +21,10 @@ from typing import Any, Self
 import pytest
 
 from pytest_vmsandbox.host.facts import Tier
+from pytest_vmsandbox.host.way import render_start
 from pytest_vmsandbox.jail.vmm_view import ROOM, plan_vmm_view
 from pytest_vmsandbox.linux import OwnedFd
+from pytest_vmsandbox.warden.bundle import BOOTSTRAP, open_bundle
 from pytest_vmsandbox.warden.client import JailedProcess, Warden, open_warden
 from pytest_vmsandbox.warden.requests import Launch, Limits, Network, Who
 from tests.children import no_child_is_left, remember_children
@@ -56,6 +60,57 @@ def _nothing_is_left(open_descriptors: Callable[[], list[str]]) -> Any:
     remember_children()
     yield
     assert no_child_is_left()
+
+
+class RawLine:
+    """A warden, and the other end of its line without a client: for what no client would send."""
+
+    def __init__(self, tier: Tier, log: Path) -> None:
+        self.line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.line.settimeout(30)
+        with theirs, log.open("wb") as output, OwnedFd(open_bundle()) as bundle:
+            socket.send_fds(self.line, [b"\0"], [bundle])
+            self.child = subprocess.Popen(
+                render_start(tier, "-c", BOOTSTRAP),
+                stdin=theirs.fileno(),
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                cwd="/",
+            )
+        self.pid = self.child.pid
+        self.greeting = self.receive()
+
+    def send(self, form: object, descriptors: Sequence[int] = ()) -> None:
+        """One packet: bytes as they are, anything else as JSON."""
+        packet = form if isinstance(form, bytes) else json.dumps(form).encode()
+        socket.send_fds(self.line, [packet], list(descriptors))
+
+    def receive(self) -> dict[str, Any]:
+        """The next answer; what came with it is closed."""
+        packet, descriptors, _, _ = socket.recv_fds(self.line, 1 << 18, 4)
+        for descriptor in descriptors:
+            os.close(descriptor)
+        assert packet, "the warden has ended"
+        answer: dict[str, Any] = json.loads(packet)
+        return answer
+
+    def close(self) -> None:
+        """Let go of the line, and wait for the warden's end."""
+        self.line.close()
+        self.child.wait(10)
+
+
+@pytest.fixture
+def raw(tier: Tier, tmp_path: Path) -> Iterator[RawLine]:
+    """The line of a warden; it must end without having said anything."""
+    log = tmp_path / "raw.log"
+    raw = RawLine(tier, log)
+    try:
+        yield raw
+    finally:
+        raw.close()
+    assert log.read_text() == ""
 
 
 def order(*argv: str | Path, **changes: Any) -> Launch:
@@ -146,7 +201,7 @@ def children_of(pid: int) -> list[int]:
     return [int(child) for path in lists for child in path.read_text().split()]
 
 
-def inner_of(warden: Warden) -> int:
+def inner_of(warden: Warden | RawLine) -> int:
     """The warden's inner half, which is pid 1 of a namespace; a sudo lies above it."""
     found = [warden.pid]
     for pid in found:
