@@ -31,8 +31,7 @@ def candidate_tiers(facts: Mapping[Capability, Fact], *, uid: int) -> tuple[Tier
     return tuple(
         tier
         for tier, needed in STANDS_ON.items()
-        if (uid == 0 or tier is not Tier.ROOT)
-        and all(fact.present for fact in _facts_named(facts, needed))
+        if _is_for(tier, uid=uid) and all(fact.present for fact in _facts_named(facts, needed))
     )
 
 
@@ -58,7 +57,7 @@ def require_tier(wanted: str, facts: HostFacts, *, uid: int | None = None) -> Ti
         return tier
     for capability in (*STANDS_ON[tier], Capability.JAIL):
         facts.require(capability)
-    if (tier is Tier.ROOT and uid != 0) or (tier is Tier.USERNS and uid == 0):
+    if not _is_for(tier, uid=uid):
         whose = "root" if tier is Tier.ROOT else "ordinary users, or VMMs would run as root"
         raise HostUnfit(
             f"VMS-TIER-{tier.upper()}",
@@ -86,6 +85,15 @@ def require_walls(wanted: str, facts: HostFacts) -> Tier:
 def missing_for(tier: Tier, facts: Mapping[Capability, Fact]) -> tuple[Fact, ...]:
     """The facts that keep this host out of `tier`; empty for a tier that only root is in."""
     return tuple(fact for fact in _facts_named(facts, STANDS_ON.get(tier, ())) if not fact.present)
+
+
+def _is_for(tier: Tier, *, uid: int) -> bool:
+    match tier:
+        case Tier.ROOT:
+            return uid == 0
+        case Tier.USERNS:
+            return uid != 0  # a warden of root's is no rootless one, and VMMs would be root's
+    return True
 
 
 def _facts_named(
