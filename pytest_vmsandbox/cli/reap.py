@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TypedDict
 
 from pytest_vmsandbox.cli.runs import add_run_dir_argument, ask_each_base
-from pytest_vmsandbox.errors import visible
-from pytest_vmsandbox.lease.layout import Leftover, look_at
+from pytest_vmsandbox.errors import TeardownRefused, visible
+from pytest_vmsandbox.jail.mount_points import remove_abandoned_mount_points
+from pytest_vmsandbox.lease.layout import Leftover, leftover_of, look_at
 from pytest_vmsandbox.lease.reaper import reap
 
 # What is doubtful was left in place.
@@ -42,8 +43,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _reap(base: Path) -> Answer:
     steps: list[str] = []
-    done = reap(base, report=steps.append)
-    return {"steps": steps, "left": [str(leftover) for leftover in done.leftovers]}
+    leftovers = reap(base, report=steps.append).leftovers
+    try:
+        remove_abandoned_mount_points(base=base)
+    except TeardownRefused as refused:
+        leftovers.append(leftover_of(refused))
+    return {"steps": steps, "left": [str(leftover) for leftover in leftovers]}
 
 
 def _not_asked(base: Path, reason: str) -> Answer:

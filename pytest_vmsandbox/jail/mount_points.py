@@ -5,7 +5,7 @@ same time. To take away a directory on which somebody has mounted something take
 as well, so that everybody holds a shared lock (flock(2)) on the mount points in use, and only
 who gets it exclusively may remove one. That one was made by us, and for this, is noted in a
 register before anybody else can use it; whoever uses it last removes it, and what a killed
-process left is taken up by the next one that needs it.
+process left is taken up by the next one that needs it, or by the next run.
 """
 
 from __future__ import annotations
@@ -56,6 +56,26 @@ def open_mount_points(points: Iterable[MountPoint], *, base: Path | None = None)
             held.close()
 
 
+def remove_abandoned_mount_points(*, base: Path | None = None) -> None:
+    """Remove what killed processes made and nobody uses, as they would have done themselves.
+
+    Raises TeardownRefused for one that can't be removed: all others are. What has been moved
+    away is left where it is.
+    """
+    base = base or default_base()
+    if not (base / REGISTER).is_dir():
+        return
+    register = _Register(base)
+    with register.locked(), ExitStack() as held:
+        for path in register.paths():
+            with suppress(OSError), ExitStack() as undo:
+                flags = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+                above = undo.enter_context(OwnedFd(os.open(path.parent, flags | os.O_DIRECTORY)))
+                found = undo.enter_context(OwnedFd(os.open(path.name, flags, dir_fd=above)))
+                if register.has(os.fstat(found)):
+                    _keep(found, above, path.name, register=register, held=held)
+
+
 class _Register:
     """Which mount points were made by us: a file for each, named for its device and inode."""
 
@@ -71,8 +91,15 @@ class _Register:
             fcntl.flock(directory, fcntl.LOCK_EX)
             yield
 
-    def note(self, made: os.stat_result) -> None:
-        self._file(made).write_text(str(made.st_mtime_ns), encoding="ascii")
+    def note(self, made: OwnedFd) -> None:
+        seen = os.fstat(made)
+        path = os.fsencode(os.readlink(f"/proc/self/fd/{made}"))  # noqa: PTH115
+        self._file(seen).write_bytes(b"%d\n%s" % (seen.st_mtime_ns, path))
+
+    def paths(self) -> list[Path]:
+        """Where they were made, what lies above others first."""
+        notes = [file.read_bytes().partition(b"\n") for file in self._directory.iterdir()]
+        return sorted(Path(os.fsdecode(path)) for _, _, path in notes if path.startswith(b"/"))
 
     def forget(self, made: os.stat_result) -> None:
         self._file(made).unlink(missing_ok=True)
@@ -83,7 +110,8 @@ class _Register:
     def drop_unless_unchanged(self, seen: os.stat_result) -> None:
         """Forget what a killed process noted, if this may be another file with its number."""
         with suppress(FileNotFoundError):
-            if self._file(seen).read_text(encoding="ascii") != str(seen.st_mtime_ns):
+            noted, _, _ = self._file(seen).read_bytes().partition(b"\n")
+            if noted != b"%d" % seen.st_mtime_ns:
                 self.forget(seen)
 
     def _file(self, seen: os.stat_result) -> Path:
@@ -180,9 +208,9 @@ def _find_or_make(
     except FileExistsError:
         raise OSError(errno.ELOOP, "a symbolic link on the way leads nowhere") from None
     made = openat2(above, name, os.O_PATH | os.O_NOFOLLOW, resolve=INSIDE)
-    register.note(os.fstat(made))
-    if register.has(parent := os.fstat(above)):
-        register.note(parent)  # what we have just made in it is no reason to doubt it
+    register.note(made)
+    if register.has(os.fstat(above)):
+        register.note(above)  # what we have just made in it is no reason to doubt it
     return made
 
 

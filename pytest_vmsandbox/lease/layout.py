@@ -7,6 +7,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from pytest_vmsandbox.errors import TeardownRefused
 from pytest_vmsandbox.host.run_directory import RUN_DIRECTORY_MARKER
 
 LOCK = "lock"
@@ -31,6 +32,11 @@ class Leftover:
 
     def __str__(self) -> str:
         return f"{self.path}: {self.reason} (inspect: {self.inspect})"
+
+
+def leftover_of(refused: TeardownRefused) -> Leftover:
+    """What was left in place because its removal was refused."""
+    return Leftover(path=Path(refused.path), reason=refused.because, inspect=refused.inspect)
 
 
 def dead_name(path: Path) -> Path:

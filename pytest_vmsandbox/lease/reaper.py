@@ -18,7 +18,7 @@ from pathlib import Path
 
 from pytest_vmsandbox.errors import TeardownRefused, TimedOut
 from pytest_vmsandbox.host.run_directory import RUN_DIRECTORY_MARKER
-from pytest_vmsandbox.lease.layout import DEAD, LEDGER, LOCK, NAME, Leftover, look_at
+from pytest_vmsandbox.lease.layout import DEAD, LEDGER, LOCK, NAME, Leftover, leftover_of, look_at
 from pytest_vmsandbox.lease.ledger import Account, read_ledger
 from pytest_vmsandbox.lease.locks import hold_base_lock, hold_lock_of_the_dead
 from pytest_vmsandbox.lease.privilege import Privilege, best_privilege
@@ -83,7 +83,7 @@ def reap(base: Path, *, privilege: Privilege | None = None, report: Report | Non
     try:
         paths = _candidates(base)
     except TeardownRefused as refused:
-        done.leftovers.append(_leftover(refused))
+        done.leftovers.append(leftover_of(refused))
         return done
     for path in paths:
         try:
@@ -91,7 +91,7 @@ def reap(base: Path, *, privilege: Privilege | None = None, report: Report | Non
         except (BlockingIOError, FileNotFoundError):  # it lives; somebody else was faster
             continue
         except TeardownRefused as refused:
-            done.leftovers.append(_leftover(refused))
+            done.leftovers.append(leftover_of(refused))
         except (OSError, TimedOut) as error:
             done.leftovers.append(
                 Leftover(path=path, reason=str(error), inspect=look_at(path, content=True))
@@ -246,7 +246,3 @@ def _remove_unmarked(path: Path) -> None:
 
 def _doubtful(path: Path, reason: str, inspect: str) -> Run:
     return Run(path=path, standing=Standing.DOUBTFUL, reason=reason, inspect=inspect)
-
-
-def _leftover(refused: TeardownRefused) -> Leftover:
-    return Leftover(path=Path(refused.path), reason=refused.because, inspect=refused.inspect)

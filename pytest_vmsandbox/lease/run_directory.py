@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pytest_vmsandbox.errors import HostUnfit, TeardownRefused
 from pytest_vmsandbox.host.run_directory import mark_run_directory
-from pytest_vmsandbox.lease.layout import LEDGER, Leftover
+from pytest_vmsandbox.lease.layout import LEDGER, Leftover, leftover_of
 from pytest_vmsandbox.lease.ledger import Ledger
 from pytest_vmsandbox.lease.locks import hold_base_lock, hold_lock_of_the_living
 from pytest_vmsandbox.lease.privilege import best_privilege
@@ -108,9 +108,7 @@ def _end(directory: RunDirectory) -> None:
     try:
         left = end_run(directory.path, privilege=best_privilege(), report=lambda _line: None)
     except TeardownRefused as refused:
-        directory.leftovers.append(
-            Leftover(path=Path(refused.path), reason=refused.because, inspect=refused.inspect)
-        )
+        directory.leftovers.append(leftover_of(refused))
         raise
     directory.leftovers.extend(left)
     if left:

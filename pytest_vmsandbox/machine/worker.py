@@ -15,7 +15,7 @@ from functools import cached_property
 from itertools import count
 from pathlib import Path
 
-from pytest_vmsandbox.errors import HostUnfit
+from pytest_vmsandbox.errors import HostUnfit, TeardownRefused
 from pytest_vmsandbox.guest.compiler import agent_binary
 from pytest_vmsandbox.host.facts import Capability, HostFacts, Tier, Verdict
 from pytest_vmsandbox.host.survey import probe_host, settle_kvm
@@ -23,9 +23,10 @@ from pytest_vmsandbox.host.tier import require_tier, require_walls
 from pytest_vmsandbox.image.cache import ensure_image
 from pytest_vmsandbox.image.image import Image
 from pytest_vmsandbox.image.progress import Progress, SilentProgress
+from pytest_vmsandbox.jail.mount_points import remove_abandoned_mount_points
 from pytest_vmsandbox.jail.sandbox_config import SandboxConfig
 from pytest_vmsandbox.jail.sandbox_run import Ended, run_in
-from pytest_vmsandbox.lease.layout import Leftover
+from pytest_vmsandbox.lease.layout import Leftover, leftover_of
 from pytest_vmsandbox.lease.run_directory import (
     RunDirectory,
     default_base,
@@ -83,8 +84,15 @@ class Worker:
 
     @cached_property
     def directory(self) -> RunDirectory:
-        """The run directory, made and locked on first use."""
-        return self._acquired.enter_context(open_run_directory(self._base, worker=self.settings.id))
+        """The run directory, made and locked on first use; what dead runs left is undone."""
+        directory = self._acquired.enter_context(
+            open_run_directory(self._base, worker=self.settings.id)
+        )
+        try:
+            remove_abandoned_mount_points()
+        except TeardownRefused as refused:
+            directory.leftovers.append(leftover_of(refused))
+        return directory
 
     @property
     def leftovers(self) -> Sequence[Leftover]:

@@ -14,7 +14,11 @@ from pathlib import Path
 import pytest
 
 from pytest_vmsandbox.errors import HostUnfit, RequestInvalid, TeardownRefused
-from pytest_vmsandbox.jail.mount_points import REGISTER, open_mount_points
+from pytest_vmsandbox.jail.mount_points import (
+    REGISTER,
+    open_mount_points,
+    remove_abandoned_mount_points,
+)
 from pytest_vmsandbox.jail.sandbox_plan import MountPoint
 from tests.people import CHECKOUT
 
@@ -272,6 +276,39 @@ def test_what_a_killed_process_left_is_removed_by_the_next(root: Path, base: Pat
         pass
 
     assert left == ["a", "a/b", "f"]
+    assert everything(root) == []
+
+
+def test_what_a_killed_process_left_is_removed_by_whoever_looks(root: Path, base: Path) -> None:
+    killed_user(root, base)
+
+    remove_abandoned_mount_points(base=base)
+
+    assert everything(root) == []
+
+
+def test_whoever_looks_leaves_what_is_used_and_what_has_changed(root: Path, base: Path) -> None:
+    killed_user(root, base)
+    os.utime(root / "f", (1, 1))
+
+    with open_mount_points([place(root, "/a/c")], base=base):
+        remove_abandoned_mount_points(base=base)
+        meanwhile = everything(root)
+
+    assert meanwhile == ["a", "a/c", "f"]
+    assert everything(root) == ["f"]
+
+
+def test_whoever_looks_follows_no_link_that_took_the_place(root: Path, base: Path) -> None:
+    killed_user(root, base)
+    (root / "a").rename(root / "moved")
+    (root / "a").symlink_to("moved")
+    remove_abandoned_mount_points(base=base)
+
+    assert everything(root) == ["a", "moved", "moved/b"]
+    (root / "a").unlink()
+    (root / "moved").rename(root / "a")
+    remove_abandoned_mount_points(base=base)
     assert everything(root) == []
 
 
