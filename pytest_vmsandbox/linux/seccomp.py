@@ -60,6 +60,8 @@ _DENIED: Mapping[str, tuple[int | None, int | None]] = {
     "keyctl": (250, 219),
     "open_by_handle_at": (304, 265),
     "name_to_handle_at": (303, 264),
+    # locks on files that may only be read: whoever wants the file would wait
+    "flock": (73, 32),
     # the whole host
     "swapon": (167, 224),
     "swapoff": (168, 225),
@@ -114,6 +116,7 @@ _RETURN = 0x06
 _LONGEST_JUMP = 255
 
 _PERSONALITIES = (0, 0xFFFFFFFF)  # PER_LINUX; "tell me mine"
+_LEASE = (1024,)  # F_SETLEASE: whoever opens the file would wait for whoever holds the lease
 _TERMINAL_INPUT = (0x5412, 0x541C)  # TIOCSTI, TIOCLINUX: they type into the terminal
 # AF_UNIX, AF_INET, AF_INET6, AF_NETLINK. Others know no network namespace (AF_VSOCK), have a long
 # history of holes (AF_ALG), or want a capability (AF_PACKET).
@@ -182,6 +185,14 @@ _CHECKS = (
         matched=_REFUSE,
         otherwise=_RET_ALLOW,
     ),
+    _Check(  # fcntl
+        numbers=(72, 25),
+        argument=1,
+        test=_JUMP_EQUAL,
+        values=_LEASE,
+        matched=_REFUSE,
+        otherwise=_RET_ALLOW,
+    ),
     _Check(  # clone; CLONE_NEWTIME is not for it: that bit belongs to the exit signal there
         numbers=(56, 220),
         argument=0,
@@ -223,11 +234,11 @@ _CHECKS = (
 def deny_system_calls(names: Iterable[str] = CALLS_NO_VMM_NEEDS) -> bool:
     """Refuse these calls to this process and all that come from it, for good, exec or not.
 
-    They answer EPERM; so do new namespaces by clone(2), typing into a terminal by ioctl(2), and
-    other personalities. clone3(2) answers ENOSYS, sockets of unusual families EAFNOSUPPORT, x32
-    calls ENOSYS; a call of another architecture kills the process. All else is allowed.
-    no_new_privs is set first. To be called where there is one thread, and last: what else a
-    child does to itself is denied afterwards.
+    They answer EPERM; so do new namespaces by clone(2), typing into a terminal by ioctl(2), leases
+    by fcntl(2), and other personalities. clone3(2) answers ENOSYS, sockets of unusual families
+    EAFNOSUPPORT, x32 calls ENOSYS; a call of another architecture kills the process. All else is
+    allowed. no_new_privs is set first. To be called where there is one thread, and last: what else
+    a child does to itself is denied afterwards.
 
     Returns whether it was installed: False, with nothing done, on machines whose numbers are not
     known here. ValueError, with nothing done, for a name that is not in CALLS_NO_VMM_NEEDS.

@@ -14,7 +14,7 @@ import os
 import resource
 import signal
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -53,7 +53,16 @@ _NAMESPACES = (
     | CloneFlags.CLONE_NEWUTS
     | CloneFlags.CLONE_NEWCGROUP
 )
-_NO_MORE_USER_NAMESPACES = "/proc/sys/user/max_user_namespaces"
+# What all in the user namespace of a jail may have together. The kernel counts it for their user
+# outside as well, who would run out of it (user_namespaces(7), inotify(7)).
+_NAMESPACE_LIMITS = {
+    Who.VMM: {"max_user_namespaces": 0, "max_inotify_instances": 8},
+    Who.OWNER: {"max_user_namespaces": 0},
+}
+_USER_LIMITS = "/proc/sys/user"
+
+# The same for what is limited by process: signals that wait, and bytes of message queues.
+_VMM_LIMITS = {resource.RLIMIT_SIGPENDING: 1024, resource.RLIMIT_MSGQUEUE: 0}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -231,15 +240,14 @@ class _Stage:
         if order.room is not None:
             with view.open(order.room) as room:
                 self._tell({"room": True}, [room])
-        with open(_NO_MORE_USER_NAMESPACES, "w", encoding="ascii") as limit:  # noqa: PTH123
-            limit.write("0")
+        _limit_namespace(_NAMESPACE_LIMITS[order.who])
         view.enter()
         os.chdir(order.cwd)
         os.umask(0o077 if order.who is Who.VMM else 0o022)
         self._place_descriptors()
         with suppress(OSError):  # a kernel without keys, or a quota; a VMM may not ask for them
             join_session_keyring()
-        _limit(order.limits)
+        _limit(order.limits, others=_VMM_LIMITS if order.who is Who.VMM else {})
         drop_all_capabilities()
         prctl_set_no_new_privs()
         if order.who is Who.VMM:
@@ -295,8 +303,18 @@ def _only_readable(descriptor: int, path: str) -> int:
             raise OSError(error.errno, error.strerror, path) from None
 
 
-def _limit(limits: Limits) -> None:
+def _limit_namespace(most: Mapping[str, int]) -> None:
+    for name, amount in most.items():
+        with (
+            suppress(FileNotFoundError),  # a kernel built without what is limited
+            open(f"{_USER_LIMITS}/{name}", "w", encoding="ascii") as limit,  # noqa: PTH123
+        ):
+            limit.write(str(amount))
+
+
+def _limit(limits: Limits, *, others: Mapping[int, int]) -> None:
     wanted = {
+        **others,
         resource.RLIMIT_CORE: 0,
         resource.RLIMIT_AS: limits.address_bytes,
         resource.RLIMIT_NPROC: limits.processes,

@@ -43,6 +43,8 @@ _RECURSIVE = int(AtFlags.AT_RECURSIVE)
 _NOSUID, _NODEV = MountAttrFlags.MOUNT_ATTR_NOSUID, MountAttrFlags.MOUNT_ATTR_NODEV
 _NOEXEC, _RDONLY = MountAttrFlags.MOUNT_ATTR_NOEXEC, MountAttrFlags.MOUNT_ATTR_RDONLY
 
+_FILES_IN_A_MIB = 1024
+
 # A symbolic link in the view is followed as it will be from inside; one of /proc never.
 _INSIDE = ResolveFlags.RESOLVE_IN_ROOT | ResolveFlags.RESOLVE_NO_MAGICLINKS
 
@@ -158,7 +160,13 @@ class View:
 
 
 def _tmpfs(step: Tmpfs) -> OwnedFd:
-    options = {"size": f"{step.size_mib}m", "mode": f"{step.mode:o}"}
+    # An empty file takes none of its size, but a KiB of the kernel's memory; by default a tmpfs
+    # holds as many as half the host's memory has pages (tmpfs(5), "nr_inodes").
+    options = {
+        "size": f"{step.size_mib}m",
+        "nr_inodes": str(step.size_mib * _FILES_IN_A_MIB),
+        "mode": f"{step.mode:o}",
+    }
     return new_mount("tmpfs", options=options, attributes=_NOSUID | _NODEV)
 
 

@@ -101,7 +101,7 @@ def test_another_architecture_is_the_end(place: int, arch: int, number: int) -> 
 @pytest.mark.parametrize("place", [X86_64, AARCH64])
 @given(high=st.integers(0, 2**32 - 1))
 def test_the_high_half_of_a_checked_argument_says_nothing(place: int, high: int) -> None:
-    ioctl, clone, clone3, personality, socket_, socketpair = (
+    ioctl, fcntl_, clone, clone3, personality, socket_, socketpair = (
         check.numbers[place] for check in seccomp._CHECKS
     )
     above = high << 32
@@ -115,6 +115,8 @@ def test_the_high_half_of_a_checked_argument_says_nothing(place: int, high: int)
     assert answer(place, personality, above | 0x40000) == refusal(errno.EPERM)
     assert answer(place, ioctl, 0, above | termios.TIOCSTI) == refusal(errno.EPERM)
     assert answer(place, ioctl, termios.TIOCSTI, above | 0xAE80) == ALLOW
+    assert answer(place, fcntl_, 0, above | fcntl.F_SETLEASE) == refusal(errno.EPERM)
+    assert answer(place, fcntl_, fcntl.F_SETLEASE, above | fcntl.F_SETLK) == ALLOW
     for call in (socket_, socketpair):
         assert answer(place, call, above | socket.AF_INET6) == ALLOW
         assert answer(place, call, above | socket.AF_VSOCK) == refusal(errno.EAFNOSUPPORT)
@@ -164,8 +166,8 @@ def test_processes_and_threads_are_made_and_namespaces_are_not(in_child: InChild
     place = seccomp._MACHINES.index(MACHINE)
     in_child(
         body,
-        seccomp._CHECKS[1].numbers[place],
         seccomp._CHECKS[2].numbers[place],
+        seccomp._CHECKS[3].numbers[place],
         [int(flag) for flag in NEW_NAMESPACES],
     )
 

@@ -250,6 +250,22 @@ print(json.dumps([resource.getrlimit(getattr(resource, "RLIMIT_" + name))
     assert seen == [[most, most] for most in (0, 1 << 30, 50, 1 << 20, 100)]
 
 
+async def test_a_vmm_uses_up_little_of_what_its_user_has_elsewhere_too(warden: Warden) -> None:
+    script = """
+import ctypes, json, resource
+libc = ctypes.CDLL(None)
+watchers = 0
+while watchers < 100 and libc.inotify_init() >= 0:
+    watchers += 1
+limits = [resource.getrlimit(kind)[1] for kind in (resource.RLIMIT_SIGPENDING, 12)]
+print(json.dumps([watchers, *limits]))
+"""
+    assert await see(warden, python(script)) == [8, 1024, 0]
+    watchers, *_ = await see(warden, python(script, who=Who.OWNER))
+
+    assert watchers > 8
+
+
 async def test_what_is_not_limited_is_as_it_was(warden: Warden) -> None:
     script = "import json, resource; print(json.dumps(resource.getrlimit(resource.RLIMIT_FSIZE)))"
 
