@@ -6,7 +6,7 @@ import asyncio
 import errno
 import os
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AsyncExitStack, ExitStack, suppress
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
@@ -103,8 +103,19 @@ async def _run_first(
 
 
 async def _run(warden: Warden, order: Launch, program: str, *, descriptors: Sequence[int]) -> int:
-    argv = (program, *order.argv[1:])
-    async with warden.launch(replace(order, argv=argv), descriptors) as process:
+    order = replace(order, argv=(program, *order.argv[1:]))
+    async with AsyncExitStack() as stack:
+        launch = warden.launch(order, descriptors)
+        launching = asyncio.ensure_future(stack.enter_async_context(launch))
+        try:
+            process = await asyncio.shield(launching)
+        except asyncio.CancelledError:
+            # Its view is being built on mount points that must not be taken away meanwhile: some
+            # milliseconds, at worst what the warden's answer may take.
+            while not launching.done():
+                with suppress(asyncio.CancelledError):
+                    await asyncio.wait({launching})
+            raise
         return await process.wait()
 
 

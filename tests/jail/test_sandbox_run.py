@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -46,14 +47,18 @@ run_sandbox(["sh", "-c", "sleep 1000 & echo; exec sleep " + sys.argv[1]], stdout
 """
 
 
+TIER = Tier.ROOT if os.getuid() == 0 else Tier.USERNS
+
 # What a root directory has, with /usr mounted, for programs to run.
 LINKS = ["bin", "lib", "lib64"]
 
 
 @pytest.fixture(autouse=True)
 def _nothing_is_left(
-    open_descriptors: Callable[[], list[str]],
+    request: pytest.FixtureRequest, open_descriptors: Callable[[], list[str]]
 ) -> Iterator[None]:
+    if "somebody" in request.fixturenames and os.getuid() == 0:
+        request.getfixturevalue("people")  # which hold a descriptor as long as they are there
     remember_children()
     before = open_descriptors(), set(read_mountinfo()), threading.active_count()
     yield
@@ -207,8 +212,7 @@ async def test_it_can_be_called_inside_a_running_loop() -> None:
 
 
 async def test_a_warden_that_runs_can_be_used_again(tmp_path: Path) -> None:
-    tier = Tier.ROOT if os.getuid() == 0 else Tier.USERNS
-    async with open_warden(tier, log=tmp_path / "log") as warden:
+    async with open_warden(TIER, log=tmp_path / "log") as warden:
         ended = await asyncio.gather(
             *(run_in(warden, parse_config(["sh", "-c", f"echo {n}; exit {n}"])) for n in range(9))
         )
@@ -222,8 +226,7 @@ async def test_cancelling_ends_the_command(tmp_path: Path, scratch: Path) -> Non
     word = f"1001.{os.getpid()}"
     give_links(scratch)
     config = parse_config(["sleep", word], filesystem_root=scratch, extra_mounts=[USR])
-    tier = Tier.ROOT if os.getuid() == 0 else Tier.USERNS
-    async with open_warden(tier, log=tmp_path / "log") as warden:
+    async with open_warden(TIER, log=tmp_path / "log") as warden:
         task = asyncio.create_task(run_in(warden, config))
         await asyncio.to_thread(wait_until, lambda: bool(running(word)))
         meanwhile = names(scratch)
@@ -234,6 +237,24 @@ async def test_cancelling_ends_the_command(tmp_path: Path, scratch: Path) -> Non
 
     assert meanwhile == [*LINKS, "usr"]
     assert names(scratch) == LINKS
+
+
+async def test_cancelled_at_any_moment_nothing_is_left(tmp_path: Path, scratch: Path) -> None:
+    seed = random.randrange(2**32)
+    moments = random.Random(seed)
+    word = f"1004.{os.getpid()}"
+    give_links(scratch)
+    mounts = [USR, (None, "/a/b", "tmpfs")]
+    config = parse_config(["sleep", word], filesystem_root=scratch, extra_mounts=mounts)
+    async with open_warden(TIER, log=tmp_path / "log") as warden:
+        for _ in range(40):
+            task = asyncio.create_task(run_in(warden, config))
+            await asyncio.sleep(moments.uniform(0, 0.05))
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert running(word) == [], f"seed {seed}"
+            assert names(scratch) == LINKS, f"seed {seed}"
 
 
 def test_an_interrupted_caller_leaves_nothing() -> None:
