@@ -334,17 +334,15 @@ async def open_warden(tier: Tier, *, log: Path) -> AsyncIterator[Warden]:
     with the thread that started it (PR_SET_PDEATHSIG, prctl(2)).
     """
     deadline = Deadline.after(seconds=START_S)
-    warden = _start(tier, log=log)
+    try:
+        warden = _start(tier, log=log)
+    except OSError as error:
+        raise _unfit(tier, error) from error
     try:
         try:
             await warden.greeted(deadline=deadline)
         except (OSError, TimedOut) as error:
-            raise HostUnfit(
-                f"VMS-WARDEN-{tier.upper()}",
-                f"a warden in the tier {tier}",
-                str(error),
-                "vmsandbox doctor says what is missing; --vm-tier=bare does without walls",
-            ) from error
+            raise _unfit(tier, error) from error
         yield warden
     finally:
         await asyncio.shield(warden.close())
@@ -368,6 +366,15 @@ def _start(tier: Tier, *, log: Path) -> Warden:
         warden = Warden(ours, child, log)
         undo.pop_all()
         return warden
+
+
+def _unfit(tier: Tier, error: Exception) -> HostUnfit:
+    return HostUnfit(
+        f"VMS-WARDEN-{tier.upper()}",
+        f"a warden in the tier {tier}",
+        str(error),
+        "vmsandbox doctor says what is missing; --vm-tier=bare does without walls",
+    )
 
 
 def _identify(pidfd: OwnedFd) -> ProcessIdentity:

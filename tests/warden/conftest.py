@@ -25,7 +25,7 @@ from pytest_vmsandbox.host.way import render_start
 from pytest_vmsandbox.jail.vmm_view import ROOM, plan_vmm_view
 from pytest_vmsandbox.linux import OwnedFd
 from pytest_vmsandbox.warden.bundle import BOOTSTRAP, open_bundle
-from pytest_vmsandbox.warden.client import JailedProcess, Warden, open_warden
+from pytest_vmsandbox.warden.client import Warden, open_warden
 from pytest_vmsandbox.warden.requests import Launch, Limits, Network, Who
 from tests.children import no_child_is_left, remember_children
 
@@ -217,9 +217,3 @@ def _own_numbers() -> list[str]:
     status = Path("/proc/self/status").read_text()
     (numbers,) = (line.split() for line in status.splitlines() if line.startswith("NSpid:"))
     return numbers
-
-
-def is_gone(process: JailedProcess) -> bool:
-    from pytest_vmsandbox.linux import pidfd_is_alive
-
-    return not pidfd_is_alive(process.pidfd)
