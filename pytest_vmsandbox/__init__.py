@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pytest_vmsandbox.host.facts import Capability, HostFacts
     from pytest_vmsandbox.machine.async_machine import AsyncMachine
     from pytest_vmsandbox.machine.command import Completed
+    from pytest_vmsandbox.machine.jail import Jail
     from pytest_vmsandbox.machine.machine import Machine
     from pytest_vmsandbox.plugin.fixtures import AsyncMachineFactory, MachineFactory
 
@@ -50,6 +51,7 @@ _HOMES = {
     "host.facts": ("Capability", "HostFacts"),
     "machine.async_machine": ("AsyncMachine",),
     "machine.command": ("Completed",),
+    "machine.jail": ("Jail",),
     "machine.machine": ("Machine",),
     "plugin.fixtures": ("AsyncMachineFactory", "MachineFactory"),
 }
@@ -66,6 +68,7 @@ __all__ = [
     "GuestPanicked",
     "HostFacts",
     "HostUnfit",
+    "Jail",
     "Machine",
     "MachineFactory",
     "MachineFailed",
