@@ -334,7 +334,7 @@ def reap_orphans() -> bool:
 def test_a_host_without_walls_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
 
-    with pytest.raises(HostUnfit, match="VMS-SANDBOX-PLATFORM"):
+    with pytest.raises(HostUnfit, match="VMS-JAIL-UNSUPPORTED"):
         run_sandbox("true")
 
 
