@@ -14,8 +14,8 @@ import os
 import resource
 import signal
 import socket
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -208,7 +208,8 @@ class _Stage:
             os._exit(0)  # also where nobody is left to be told: we must not become a second warden
 
     def _tell(self, form: dict[str, object], descriptors: Sequence[int] = ()) -> None:
-        socket.send_fds(self._line, [json.dumps(form).encode()], descriptors)
+        with whatever_is_in_flight():
+            socket.send_fds(self._line, [json.dumps(form).encode()], descriptors)
 
     def _wait_to_go(self) -> None:
         if self._line.recv(len(_GO)) != _GO:
@@ -301,6 +302,21 @@ def _only_readable(descriptor: int, path: str) -> int:
             return os.open(AtLocation(mount).fspath(), flags)
         except OSError as error:
             raise OSError(error.errno, error.strerror, path) from None
+
+
+@contextmanager
+def whatever_is_in_flight() -> Iterator[None]:
+    """Be able to send descriptors, as far as our hard limit of open files goes.
+
+    Who may open fewer files than its user has descriptors in flight, and any process of that user
+    may have sent them, a VMM too, can't send any (unix(7), ETOOMANYREFS).
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def _limit_namespace(most: Mapping[str, int]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import resource
 import socket
 import sys
 import tempfile
@@ -296,7 +297,20 @@ async def _send_descriptor() -> str:
     return "sent"
 
 
-_PARTS = {"attempts": attempts, "traps": traps, "siege": siege}
+async def flight(tier: Tier) -> dict[str, object]:
+    """Have more descriptors in flight than the warden may open; whether it still starts machines."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    async with ground(tier) as place:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            for _ in range(_USUAL_OPEN_FILES // 250 + 2):
+                socket.send_fds(ours, [b"x"], [0] * 250)
+            return {"another machine": await _outcome(_another(place, place.launchers[0]))}
+
+
+_PARTS = {"attempts": attempts, "traps": traps, "siege": siege, "flight": flight}
+_USUAL_OPEN_FILES = 1024
 
 
 def main(part: str, tier: Tier) -> None:
@@ -305,6 +319,9 @@ def main(part: str, tier: Tier) -> None:
         # What root does without walls, it does to a world of the test's own.
         unshare(CloneFlags.CLONE_NEWNS | CloneFlags.CLONE_NEWUTS | CloneFlags.CLONE_NEWIPC)
         mount(None, "/", None, MountFlags.REC | MountFlags.PRIVATE)
+    # As most hosts have it; some kernel-wide limits are compared with it.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (_USUAL_OPEN_FILES, most))
     print(json.dumps(asyncio.run(_PARTS[part](tier))))
 
 

@@ -11,7 +11,10 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.escape.attempts.calls import libc
 from tests.escape.attempts.resources import besiege
+
+_PR_SET_PDEATHSIG = 1
 
 SECRET = "what a machine keeps for itself\n"
 
@@ -53,6 +56,7 @@ def planter(room: Path, listener: str, secret: str) -> None:
 def _socket_of_a_child(path: str, listener: str, secret: str) -> None:
     ready, done = os.pipe()
     if os.fork() == 0:
+        libc("prctl", _PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         with socket.socket(socket.AF_UNIX) as sock:
             sock.bind(path)
             sock.listen()
