@@ -318,7 +318,7 @@ class TestExtraMounts:
         options = {**in_root(root), "extra_mounts": [USR, (None, "/closed/x", "tmpfs")]}
 
         with pytest.raises(
-            (RequestInvalid, AssertionError), match="/closed/x .* Permission denied"
+            (RequestInvalid, AssertionError), match=r"/closed/x .* Permission denied"
         ):
             somebody("true", **options)
 
