@@ -253,8 +253,7 @@ class _Stage:
         prctl_set_no_new_privs()
         if order.who is Who.VMM:
             deny_system_calls()
-        for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, programs should not
-            signal.signal(number, signal.SIG_DFL)
+        _heed_signals()
         if order.who is Who.OWNER:
             _be_init_for_a_child()
         os.execve(order.argv[0], order.argv, dict(order.env))  # noqa: S606 - by path, no shell
@@ -342,6 +341,13 @@ def _limit(limits: Limits, *, others: Mapping[int, int]) -> None:
             _, hard = resource.getrlimit(kind)
             least = most if hard == resource.RLIM_INFINITY else min(most, hard)
             resource.setrlimit(kind, (least, least))
+
+
+def _heed_signals() -> None:
+    """Ignore no signal: Python does some, and whoever started pytest (nohup, a shell's `&`)."""
+    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+        with suppress(OSError):  # those that the C library keeps for itself
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _be_init_for_a_child() -> None:
