@@ -167,7 +167,7 @@ class View:
         directory = self._open(path, make_directory=True)
         if os.fstat(directory).st_dev not in self._own:
             directory.close()
-            raise OSError(errno.ENOENT, "nothing is made on the host's file systems", path)
+            raise OSError(errno.EROFS, "nothing is made on the host's file systems", path)
         return directory
 
 
