@@ -212,7 +212,9 @@ async def _attempted(
 
 
 def _differences(before: dict[str, object], after: dict[str, object]) -> list[str]:
-    return [f"{name}: {before[name]} -> {after[name]}" for name in before if before[name] != after[name]]
+    return [
+        f"{name}: {before[name]} -> {after[name]}" for name in before if before[name] != after[name]
+    ]
 
 
 async def traps(tier: Tier) -> dict[str, object]:
@@ -230,10 +232,12 @@ async def traps(tier: Tier) -> dict[str, object]:
                     for name in TRAPS
                     if place.warden is not None
                 }
+                gift = await _accepted_gift(process)
             heard = listening.heard()
         return {
             "connected": connected,
             "read": read,
+            "gift": gift,
             "heard": heard,
             "neighbours": [await ask(neighbour) for neighbour in beside.values()],
         }
@@ -280,6 +284,14 @@ async def _connect(process: VmmProcess, name: str) -> str:
     return "connected"
 
 
+async def _accepted_gift(process: VmmProcess) -> str:
+    before = sorted(Path("/proc/self/fd").iterdir())
+    sock = await process.connect("gift-socket", deadline=Deadline.after(seconds=20))
+    text = await asyncio.to_thread(_read, sock)
+    after = sorted(Path("/proc/self/fd").iterdir())
+    return text if after == before else "descriptors were taken"
+
+
 async def _read_file(process: VmmProcess, name: str) -> str:
     return f"read {await process.read_file(name)!r}"
 
@@ -298,7 +310,7 @@ async def _send_descriptor() -> str:
 
 
 async def flight(tier: Tier) -> dict[str, object]:
-    """Have more descriptors in flight than the warden may open; whether it still starts machines."""
+    """Have more descriptors in flight than the warden may open: does it still start machines?"""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     async with ground(tier) as place:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
@@ -322,7 +334,7 @@ def main(part: str, tier: Tier) -> None:
     # As most hosts have it; some kernel-wide limits are compared with it.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (_USUAL_OPEN_FILES, most))
-    print(json.dumps(asyncio.run(_PARTS[part](tier))))
+    sys.stdout.write(json.dumps(asyncio.run(_PARTS[part](tier))))
 
 
 if __name__ == "__main__":

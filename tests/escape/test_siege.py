@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.escape.attempts.others import SECRET, TRAPS
+from tests.escape.attempts.others import GIFT, SECRET, TRAPS
 from tests.escape.conftest import WALLED, Arena, Place
 
 # What is no socket that listens, or is another's: nobody waits for the first kind.
@@ -46,6 +46,11 @@ def test_no_trap_leads_out_of_a_hostile_room(arena: Arena, place: Place) -> None
         expected = "TimedOut" if name in PATIENTLY_AWAITED else ("OSError", "SocketAuthError")
         assert said.startswith(expected), name
     assert outcome["neighbours"] == [SECRET, SECRET]
+
+
+@pytest.mark.parametrize("place", Place)
+def test_descriptors_that_a_machine_sends_are_not_taken(arena: Arena, place: Place) -> None:
+    assert arena("traps", place).form["gift"] == GIFT
 
 
 @pytest.mark.parametrize("place", WALLED)

@@ -14,6 +14,8 @@ from pathlib import Path
 from tests.escape.attempts.calls import libc
 from tests.escape.attempts.resources import besiege
 
+GIFT = "a hundred descriptors for you"
+
 _PR_SET_PDEATHSIG = 1
 
 SECRET = "what a machine keeps for itself\n"
@@ -46,7 +48,7 @@ def siege(room: Path) -> None:
 
 def planter(room: Path, listener: str, secret: str) -> None:
     """Put traps where the warden and pytest will look, and wait."""
-    for name, put in _TRAPS.items():
+    for name, put in (_TRAPS | _GIFTS).items():
         put(str(room / name), listener, secret)
     (room / "planted").write_text("all of them")
     while True:
@@ -83,6 +85,22 @@ def _full_socket(path: str, listener: str, secret: str) -> None:
     _KEPT.append(waiting)
 
 
+def _gift_socket(path: str, listener: str, secret: str) -> None:
+    sock = socket.socket(socket.AF_UNIX)
+    sock.bind(path)
+    sock.listen()
+    threading.Thread(target=_give, args=(sock,), daemon=True).start()
+
+
+def _give(sock: socket.socket) -> None:
+    while True:
+        asked, _ = sock.accept()
+        with asked:
+            folder = os.open("/", os.O_RDONLY)
+            socket.send_fds(asked, [GIFT.encode()], [folder] * 100)
+            os.close(folder)
+
+
 def _file(path: str, listener: str, secret: str) -> None:
     Path(path).write_text("no socket")
 
@@ -109,4 +127,5 @@ _TRAPS: dict[str, Callable[[str, str, str], None]] = {
 }
 
 TRAPS = tuple(_TRAPS)
+_GIFTS = {"gift-socket": _gift_socket}
 ROLES: dict[str, Callable[..., None]] = {"neighbour": neighbour, "siege": siege, "planter": planter}
