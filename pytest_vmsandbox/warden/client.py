@@ -356,7 +356,7 @@ def _start(tier: Tier, *, log: Path) -> Warden:
         with OwnedFd(open_bundle()) as bundle:
             socket.send_fds(ours, [b"\0"], [bundle])
         child = subprocess.Popen(
-            render_start(tier, "-c", BOOTSTRAP),
+            render_start(tier, "-c", BOOTSTRAP, str(log)),
             stdin=theirs.fileno(),
             stdout=output,
             stderr=output,
