@@ -326,7 +326,7 @@ NOT_STARTED = {
     ),
     "a place that would have to be made on the host": (
         order(TRUE, steps=(*order(TRUE).steps, Tmpfs(target="/usr/x/y", size_mib=1))),
-        errno.ENOENT,
+        errno.EROFS,
     ),
     "a symbolic link where there is something": (
         order(TRUE, steps=(*order(TRUE).steps[:-1], Symlink(target="/usr", text="/"))),
