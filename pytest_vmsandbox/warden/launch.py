@@ -17,6 +17,7 @@ import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NoReturn
 
 from pytest_vmsandbox.deadline import Deadline
@@ -217,6 +218,7 @@ class _Stage:
 
     def _unshare(self) -> None:
         signal.set_wakeup_fd(-1)  # the warden's, for its own children
+        self._let_go()
         self._confine()
         user = self._user
         if user.groups is not None:
@@ -227,6 +229,15 @@ class _Stage:
         self._wait_to_go()  # our user is mapped
         os.setresgid(user.gid, user.gid, user.gid)
         os.setresuid(user.uid, user.uid, user.uid)
+
+    def _let_go(self) -> None:
+        """Close what is the warden's: its line, and what it holds of others; its log stays open.
+
+        A source of the view may be called /proc/self/fd/N.
+        """
+        kept = sorted({1, 2, *self._descriptors, self._line.fileno()})
+        for below, above in pairwise([-1, *kept, os.sysconf("SC_OPEN_MAX")]):
+            os.closerange(below + 1, above)
 
     def _become(self) -> None:
         """Build the view, put up the walls, and turn into the program."""
