@@ -36,7 +36,7 @@ from pytest_vmsandbox.linux.owned_fd import OwnedFd
 from pytest_vmsandbox.linux.pidfd import pidfd_open, pidfd_send_signal, pidfd_wait_exit
 from pytest_vmsandbox.linux.prctl import prctl_set_no_new_privs
 from pytest_vmsandbox.linux.privileges import drop_all_capabilities
-from pytest_vmsandbox.linux.seccomp import deny_system_calls
+from pytest_vmsandbox.linux.seccomp import deny_system_calls, prepare_to_deny_system_calls
 from pytest_vmsandbox.warden.requests import Launch, Limits, Network, Who
 from pytest_vmsandbox.warden.view import View
 
@@ -100,6 +100,7 @@ def launch(
     We must be pid 1 of a pid namespace, so that the process becomes our child. Returns once the
     program itself runs; raises LaunchFailed, and then nothing of it is left.
     """
+    prepare_to_deny_system_calls()
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.settimeout(LAUNCH_S)
     with ours:
