@@ -17,6 +17,17 @@ def shared_memory(targets: Targets) -> str:
     return f"found {libc('shmget', targets.ipc_key, 0, 0)}"
 
 
+@attempt("find System V shared memory of the other machine, and of another worker's")
+def neighbours_memory(targets: Targets) -> str:
+    last: OSError = OSError(2, "none")
+    for key in targets.neighbour_keys:
+        try:
+            return f"found {libc('shmget', key, 0, 0)}"
+        except OSError as error:
+            last = error
+    raise last
+
+
 @attempt("find System V semaphores of the host")
 def semaphores(targets: Targets) -> str:
     return f"found {libc('semget', targets.ipc_key, 0, 0)}"
