@@ -61,7 +61,7 @@ class Ground:
         role, *rest = words
         room = () if role == "attempts" else (str(seen.directory),)
         return LaunchRequest(
-            id=name,
+            id=f"escape-{os.getpid()}-{name}",  # groups are named so, for the whole host
             argv=[PYTHON, "-I", "-S", str(seen.files[self.program]), role, *room, *rest],
             directory=directory,
             log=self.directory / "run" / f"{name}.log",
