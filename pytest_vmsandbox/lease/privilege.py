@@ -89,11 +89,17 @@ class SudoPrivilege(OwnPrivilege):
         remove_tree(place)
 
     def remove_cgroup(self, path: Path) -> None:
-        """rmdir(1)."""
+        """rmdir(1); what it complains of becomes the error that rmdir(2) would have been."""
         try:
             super().remove_cgroup(path)
         except PermissionError:
-            _sudo("rmdir", "--", path)
+            try:
+                _sudo("rmdir", "--", path)
+            except PermissionError as error:
+                for number in (errno.ENOENT, errno.EBUSY):
+                    if os.strerror(number) in str(error):
+                        raise OSError(number, os.strerror(number), str(path)) from error
+                raise
 
     def _remove_in_own_view(self, path: Path) -> None:
         self._require_below_run_directory(path)
@@ -134,4 +140,5 @@ def _sudo(*words: str | Path, deadline_s: float = _COMMAND_DEADLINE_S) -> None:
 def _run_now(argv: Sequence[str], *, deadline_s: float) -> Outcome:
     """`run_program` for a caller that does not await, on whatever thread and loop it is."""
     with ThreadPoolExecutor(max_workers=1) as thread:
-        return thread.submit(lambda: asyncio.run(run_program(argv, deadline_s=deadline_s))).result()
+        run = run_program(argv, deadline_s=deadline_s, env={**os.environ, "LC_ALL": "C"})
+        return thread.submit(asyncio.run, run).result()

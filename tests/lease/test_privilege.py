@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -184,3 +185,34 @@ def test_without_sudo_to_root_all_stays(scene: Scene) -> None:
     assert "m1/of root" in refused
     assert "ls -ld -- " in refused
     assert (scene.run.with_name(".dead-run") / "m1" / "of root" / "file").read_text() == "root's"
+
+
+_REMOVE_CGROUP = """
+import json, sys
+from pathlib import Path
+from pytest_vmsandbox.lease.privilege import SudoPrivilege
+try:
+    SudoPrivilege().remove_cgroup(Path(sys.argv[1]))
+except OSError as error:
+    print(json.dumps(error.errno))
+else:
+    print(json.dumps(None))
+"""
+
+
+def test_a_control_group_that_sudo_finds_busy_or_gone_is_so_for_us(
+    tmp_path: Path, people: Mapping[Kind, Person]
+) -> None:
+    someone = people[Kind.SUDO_TO_ALL]
+    hidden = tmp_path / "hidden"
+    hidden.mkdir(mode=0o700)
+    (hidden / "group").mkdir()
+    subprocess.run(["mount", "--bind", hidden / "group", hidden / "group"], check=True)
+    try:
+        busy = someone.python(_REMOVE_CGROUP, hidden / "group")
+    finally:
+        subprocess.run(["umount", hidden / "group"], check=True)
+    removed = someone.python(_REMOVE_CGROUP, hidden / "group")
+    gone = someone.python(_REMOVE_CGROUP, hidden / "group")
+
+    assert (busy, removed, gone) == (errno.EBUSY, None, errno.ENOENT)
