@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 _there_before: set[int] = set()
@@ -9,8 +10,11 @@ _there_before: set[int] = set()
 
 def children() -> set[int]:
     """Their pids (proc_pid_task(5), "children")."""
-    lists = Path("/proc/self/task").glob("*/children")
-    return {int(pid) for path in lists for pid in path.read_text().split()}
+    found: set[int] = set()
+    for path in Path("/proc/self/task").glob("*/children"):
+        with suppress(FileNotFoundError, ProcessLookupError):  # a thread that has just ended
+            found.update(map(int, path.read_text().split()))
+    return found
 
 
 def remember_children() -> None:

@@ -80,7 +80,8 @@ def open_lodging(tier: str, *, image: Image, agents: Sequence[Path]) -> Iterator
         lodging = Lodging(tier=tier, user=name, place=place)
         _furnish(lodging, image=image, agents=agents)
         if tier != "root":
-            undo.callback(_leave, lodging)
+            # A number is given out again: what another user had it for is not ours.
+            undo.callback(_leave, lodging, others=frozenset(_files_of(lodging)))
         yield lodging
 
 
@@ -102,11 +103,13 @@ def _furnish(lodging: Lodging, *, image: Image, agents: Sequence[Path]) -> None:
         os.chown(found, user.pw_uid, user.pw_gid, follow_symlinks=False)
 
 
-def _leave(lodging: Lodging) -> None:
+def _leave(lodging: Lodging, *, others: frozenset[Path]) -> None:
     """Note and remove what lies about."""
     uid = pwd.getpwnam(lodging.user).pw_uid
     base = Path(f"/tmp/vmsandbox-{uid}")  # the base of its run directories
-    for path in _files_of(uid):
+    for path in _files_of(lodging):
+        if path in others:
+            continue
         if path != base:
             lodging.left.append(str(path))
         else:
@@ -115,7 +118,8 @@ def _leave(lodging: Lodging) -> None:
         _remove(path)
 
 
-def _files_of(uid: int) -> list[Path]:
+def _files_of(lodging: Lodging) -> list[Path]:
+    uid = pwd.getpwnam(lodging.user).pw_uid
     return [
         path
         for folder in map(Path, ("/tmp", "/var/tmp", "/dev/shm", "/run", "/run/lock"))
