@@ -22,8 +22,8 @@ from pytest_vmsandbox.errors import HostUnfit
 from pytest_vmsandbox.host.facts import HostFacts, Tier
 from pytest_vmsandbox.host.tier import require_tier, require_walls
 from pytest_vmsandbox.image.image import Image
-from pytest_vmsandbox.machine.walled import RETRY_S, WalledLauncher
-from pytest_vmsandbox.machine.walls import Walls
+from pytest_vmsandbox.machine.warden_launcher import RETRY_S, WardenLauncher
+from pytest_vmsandbox.machine.wardens import Wardens
 from pytest_vmsandbox.machine.worker import Worker
 from pytest_vmsandbox.vmm.launch import LaunchRequest, VmmView
 from pytest_vmsandbox.vmm.qemu import MachineType, QemuConfig, render_command, socket_name
@@ -98,11 +98,11 @@ def _start_ms(worker: Worker, tier: Tier) -> float:
 
 @contextmanager
 def _open_warden(worker: Worker, tier: Tier) -> Iterator[Warden]:
-    walls = Walls()
+    wardens = Wardens()
     try:
-        yield worker.engine.run(walls.warden(tier, directory=worker.directory))
+        yield worker.engine.run(wardens.warden(tier, directory=worker.directory))
     finally:
-        worker.engine.run(walls.close())
+        worker.engine.run(wardens.close())
 
 
 # A VMM
@@ -114,7 +114,7 @@ def _measure_launches(
     measured: list[Measurement] = []
     directory = worker.directory.machine_directory("bench")
     with _open_warden(worker, tier) as warden:
-        launcher = WalledLauncher(warden)
+        launcher = WardenLauncher.through(warden)
         for rival in (
             _empty_machine(worker, directory),
             _whole_machine(worker, image, launcher, directory, accel=accel),
@@ -154,7 +154,7 @@ def _empty_machine(worker: Worker, directory: Path) -> Rival:
 
 
 def _whole_machine(
-    worker: Worker, image: Image, launcher: WalledLauncher, directory: Path, *, accel: str
+    worker: Worker, image: Image, launcher: WardenLauncher, directory: Path, *, accel: str
 ) -> Rival:
     """What a machine of the plugin's is, paused before its first instruction."""
     config = QemuConfig(
@@ -202,11 +202,11 @@ def _qemu(worker: Worker) -> str:
     return worker.facts.qemu.path
 
 
-def _walled_ms(worker: Worker, launcher: WalledLauncher, rival: Rival) -> float:
+def _walled_ms(worker: Worker, launcher: WardenLauncher, rival: Rival) -> float:
     return worker.engine.run(_walled(launcher, rival))
 
 
-async def _walled(launcher: WalledLauncher, rival: Rival) -> float:
+async def _walled(launcher: WardenLauncher, rival: Rival) -> float:
     started = time.perf_counter()
     deadline = Deadline.after(seconds=LISTENS_S)
     async with launcher.launch(rival.walled) as process:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-import shutil
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from typing import Any
 
 from pytest_vmsandbox.deadline import Deadline
-from pytest_vmsandbox.errors import BootFailed, RequestInvalid
+from pytest_vmsandbox.errors import BootFailed, RequestInvalid, TeardownRefused
 from pytest_vmsandbox.guest.channel import SILENCE_S
+from pytest_vmsandbox.lease.teardown import tear_down
 from pytest_vmsandbox.machine.build import Build
 from pytest_vmsandbox.machine.core import MachineCore
 from pytest_vmsandbox.machine.running import BootStalled, PowerOn, Running, open_running
@@ -101,7 +101,10 @@ class Power(MachineCore):
             await self.power_cut()
             self._remembered = self.evidence()
             self._closed = True
-            shutil.rmtree(self.build.config.directory, ignore_errors=True)
+            # What resists, or is mounted there and not to be taken off by us, is left to the end
+            # of the run, which has sudo, and tells of what it can't remove.
+            with suppress(TeardownRefused):
+                await asyncio.to_thread(tear_down, self.build.config.directory)
 
     async def _boot_patiently(self, deadline: Deadline) -> None:
         """Boot it, and once more if the first boot hangs."""

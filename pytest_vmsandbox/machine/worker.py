@@ -11,7 +11,7 @@ import platform
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import count
 from pathlib import Path
 
@@ -38,8 +38,8 @@ from pytest_vmsandbox.machine.controller import MachineController
 from pytest_vmsandbox.machine.engine import Engine
 from pytest_vmsandbox.machine.recorded import RecordedLauncher
 from pytest_vmsandbox.machine.spec import MachineSpec
-from pytest_vmsandbox.machine.walled import WalledLauncher
-from pytest_vmsandbox.machine.walls import Walls
+from pytest_vmsandbox.machine.warden_launcher import WardenLauncher
+from pytest_vmsandbox.machine.wardens import Wardens
 from pytest_vmsandbox.vmm.bare import BareLauncher
 from pytest_vmsandbox.vmm.launch import Launcher
 from pytest_vmsandbox.vmm.qemu import MODULES_SERIAL, MachineType, QemuConfig
@@ -73,7 +73,8 @@ class Worker:
         # More boots at once than processors only make each of them slower.
         self._booting = asyncio.Semaphore(os.cpu_count() or 1)
         self._facts: HostFacts | None = None
-        self._walls = Walls()
+        self._wardens = Wardens()
+        self._entering = asyncio.Lock()
 
     @property
     def facts(self) -> HostFacts:
@@ -89,7 +90,7 @@ class Worker:
             open_run_directory(self._base, worker=self.settings.id)
         )
         try:
-            remove_abandoned_mount_points()
+            remove_abandoned_mount_points(base=self._base)
         except TeardownRefused as refused:
             directory.leftovers.append(leftover_of(refused))
         return directory
@@ -98,6 +99,11 @@ class Worker:
     def leftovers(self) -> Sequence[Leftover]:
         """What earlier runs, or this one at its end, had to leave in place."""
         return self.directory.leftovers if "directory" in vars(self) else ()
+
+    @property
+    def incidents(self) -> Sequence[str]:
+        """What went wrong and was made good, for the summary."""
+        return self._wardens.lost
 
     async def make(self, specs: Sequence[MachineSpec]) -> list[MachineController]:
         """Machines of these shapes, not powered on yet.
@@ -147,7 +153,7 @@ class Worker:
         """
         try:
             if self.engine.running:
-                self.engine.run(self._walls.close())  # which kills what still runs
+                self.engine.run(self._wardens.close())  # which kills what still runs
         finally:
             self.engine.close()
             self._acquired.close()
@@ -166,7 +172,7 @@ class Worker:
         if tier is not Tier.BARE:
             accel = _accel_behind_walls(spec, accel, await self._warden(tier))
         number = next(self._numbers)
-        directory = self.directory.machine_directory(f"m{number}")
+        directory = (await self._entered()).machine_directory(f"m{number}")
         config = QemuConfig(
             program=facts.qemu.path,
             name=spec.name or f"vm{number}",
@@ -194,16 +200,19 @@ class Worker:
         )
 
     async def _launcher(self, tier: Tier) -> Launcher:
-        ledger = self.directory.ledger
-        if tier is Tier.BARE:
-            return RecordedLauncher(BareLauncher(), ledger=ledger, tier=tier)
-        warden = await self._warden(tier)
-        return RecordedLauncher(
-            WalledLauncher(warden), ledger=ledger, tier=tier, groups=warden.greeting.groups
-        )
+        ledger = (await self._entered()).ledger
+        launcher: Launcher = BareLauncher()
+        if tier is not Tier.BARE:
+            launcher = WardenLauncher(partial(self._warden, tier), ledger=ledger)
+        return RecordedLauncher(launcher, ledger=ledger, tier=tier)
 
     async def _warden(self, tier: Tier) -> Warden:
-        return await self._walls.warden(tier, directory=self.directory)
+        return await self._wardens.warden(tier, directory=await self._entered())
+
+    async def _entered(self) -> RunDirectory:
+        """The run directory; off the loop, since what dead runs left may take a while."""
+        async with self._entering:
+            return await asyncio.to_thread(lambda: self.directory)
 
     async def _accel(self, wanted: str, image: Image) -> str:
         facts = await self._known_facts()

@@ -133,6 +133,11 @@ class Warden:
         return self._child.pid
 
     @property
+    def over(self) -> bool:
+        """Whether it has ended, by itself or because it was closed."""
+        return self._over
+
+    @property
     def greeting(self) -> Greeting:
         """What it said of itself when it had started."""
         return self._greeted.result()
@@ -143,7 +148,7 @@ class Warden:
             async with asyncio.timeout(deadline.timeout_s):
                 await asyncio.shield(self._greeted)
         except TimeoutError:
-            raise deadline.timed_out("the warden's greeting", self._last_words()) from None
+            raise deadline.timed_out("the warden's greeting", self.last_words) from None
 
     @asynccontextmanager
     async def launch(
@@ -157,7 +162,11 @@ class Warden:
         form = asdict(replace(order, steps=()))
         form["steps"] = [render_step(step) for step in order.steps]
         answer, received = await self.ask({"request": "launch", **form}, descriptors)
-        process = self._adopt(answer["process"], received, who=order.who)
+        try:
+            process = self._adopt(answer["process"], received, who=order.who)
+        except BaseException:
+            self._give_up(answer, received)
+            raise
         try:
             yield process
         finally:
@@ -181,7 +190,7 @@ class Warden:
             if answer.done() and not answer.cancelled() and not answer.exception():
                 self._give_up(*answer.result())
             if isinstance(error, TimeoutError):
-                raise TimedOut("the warden's answer", ANSWER_S, self._last_words()) from None
+                raise TimedOut("the warden's answer", ANSWER_S, self.last_words) from None
             raise
         finally:
             del self._waiting[number]
@@ -211,7 +220,7 @@ class Warden:
             with suppress(PermissionError, subprocess.TimeoutExpired):
                 self._child.kill()
                 await asyncio.to_thread(self._child.wait, END_S)
-            raise TimedOut("the end of the warden", END_S, self._last_words()) from None
+            raise TimedOut("the end of the warden", END_S, self.last_words) from None
 
     # What comes in
 
@@ -227,14 +236,14 @@ class Warden:
             )
         while True:
             if self._over:
-                raise ConnectionError(errno.EPIPE, f"the warden has ended: {self._last_words()}")
+                raise ConnectionError(errno.EPIPE, f"the warden has ended: {self.last_words}")
             try:
                 socket.send_fds(self._line, [packet], list(descriptors))
             except BlockingIOError:
                 await asyncio.sleep(RETRY_S)
             except ConnectionError as error:
                 raise ConnectionError(
-                    errno.EPIPE, f"the warden has ended: {self._last_words()}"
+                    errno.EPIPE, f"the warden has ended: {self.last_words}"
                 ) from error
             else:
                 return
@@ -284,6 +293,10 @@ class Warden:
 
     def _adopt(self, number: int, descriptors: Sequence[int], *, who: Who) -> JailedProcess:
         """What was launched, as an object that is told of its end."""
+        if (
+            not descriptors
+        ):  # we may hold no more, and the kernel dropped it (recvmsg(2), MSG_CTRUNC)
+            raise OSError(errno.EMFILE, "the process's descriptor could not be taken")
         (pidfd,) = descriptors
         uid = self.greeting.uid if who is Who.VMM else self.greeting.owner_uid
         process = JailedProcess(self, number, OwnedFd(pidfd), uid=uid)
@@ -299,7 +312,7 @@ class Warden:
         if self._over:
             return
         self._over = True
-        gone = ConnectionError(errno.EPIPE, f"the warden has ended: {self._last_words()}")
+        gone = ConnectionError(errno.EPIPE, f"the warden has ended: {self.last_words}")
         awaited: list[asyncio.Future[Any]] = [*self._waiting.values(), self._greeted]
         for future in awaited:
             if not future.done():
@@ -314,12 +327,14 @@ class Warden:
             async with asyncio.timeout(END_S):
                 await process.wait()
         except TimeoutError:
-            raise TimedOut(f"the end of process {process.pid}", END_S, self._last_words()) from None
+            raise TimedOut(f"the end of process {process.pid}", END_S, self.last_words) from None
         finally:
             del self._processes[process.number]
             process.close()
 
-    def _last_words(self) -> str:
+    @property
+    def last_words(self) -> str:
+        """The end of what it printed, which is why it ended, if it said so."""
         try:
             return self._log.read_text(errors="backslashreplace")[-2000:].strip()
         except OSError:
@@ -362,6 +377,9 @@ def _start(tier: Tier, *, log: Path) -> Warden:
             stderr=output,
             start_new_session=True,
             cwd="/",
+            # Not ours: it may hold secrets, and what sudo once said of somebody else. sudo adds its
+            # own words. HOME and the like are nothing to the warden.
+            env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"},
         )
         ours.settimeout(0)
         warden = Warden(ours, child, log)
@@ -381,7 +399,8 @@ def _unfit(tier: Tier, error: Exception) -> HostUnfit:
 def _identify(pidfd: OwnedFd) -> ProcessIdentity:
     try:
         return ProcessIdentity.of(pid_of(int(pidfd)))
-    except (ProcessLookupError, ValueError):  # ValueError: its pid is -1, it was reaped already
+    # ValueError: its pid is -1, it was reaped already. PermissionError: /proc hides it from us.
+    except (ProcessLookupError, ValueError, PermissionError):
         return ProcessIdentity(boot_id=read_boot_id(), pid=0, start_ticks=0)
 
 

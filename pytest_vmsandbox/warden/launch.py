@@ -34,7 +34,7 @@ from pytest_vmsandbox.linux.mount_tree import (
 from pytest_vmsandbox.linux.namespaces import unshare
 from pytest_vmsandbox.linux.owned_fd import OwnedFd
 from pytest_vmsandbox.linux.pidfd import pidfd_open, pidfd_send_signal, pidfd_wait_exit
-from pytest_vmsandbox.linux.prctl import prctl_set_no_new_privs
+from pytest_vmsandbox.linux.prctl import PrctlOption, prctl, prctl_set_no_new_privs
 from pytest_vmsandbox.linux.privileges import drop_all_capabilities
 from pytest_vmsandbox.linux.seccomp import deny_system_calls, prepare_to_deny_system_calls
 from pytest_vmsandbox.warden.requests import Launch, Limits, Network, Who
@@ -57,13 +57,22 @@ _NAMESPACES = (
 # What all in the user namespace of a jail may have together. The kernel counts it for their user
 # outside as well, who would run out of it (user_namespaces(7), inotify(7)).
 _NAMESPACE_LIMITS = {
-    Who.VMM: {"max_user_namespaces": 0, "max_inotify_instances": 8},
+    Who.VMM: {
+        "max_user_namespaces": 0,
+        "max_inotify_instances": 8,
+        "max_inotify_watches": 64,
+    },
     Who.OWNER: {"max_user_namespaces": 0},
 }
 _USER_LIMITS = "/proc/sys/user"
 
 # The same for what is limited by process: signals that wait, and bytes of message queues.
-_VMM_LIMITS = {resource.RLIMIT_SIGPENDING: 1024, resource.RLIMIT_MSGQUEUE: 0}
+_VMM_LIMITS = {
+    resource.RLIMIT_SIGPENDING: 1024,
+    resource.RLIMIT_MSGQUEUE: 0,
+    resource.RLIMIT_RTPRIO: 0,
+    resource.RLIMIT_NICE: 0,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -343,7 +352,9 @@ def _limit_namespace(most: Mapping[str, int]) -> None:
 def _limit(limits: Limits, *, others: Mapping[int, int]) -> None:
     wanted = {
         **others,
-        resource.RLIMIT_CORE: 0,
+        # 1, not 0: that alone keeps the kernel from handing a dump to a helper of the host's, which
+        # would run as root (core(5), "Piping core dumps"; fs/coredump.c).
+        resource.RLIMIT_CORE: 1,
         resource.RLIMIT_AS: limits.address_bytes,
         resource.RLIMIT_NPROC: limits.processes,
         resource.RLIMIT_FSIZE: limits.file_bytes,
@@ -357,7 +368,8 @@ def _limit(limits: Limits, *, others: Mapping[int, int]) -> None:
 
 
 def _heed_signals() -> None:
-    """Ignore no signal: Python does some, and whoever started pytest (nohup, a shell's `&`)."""
+    """Ignore and block no signal: Python does, and whoever started pytest (nohup, a shell's `&`)."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
     for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
         with suppress(OSError):  # those that the C library keeps for itself
             signal.signal(number, signal.SIG_DFL)
@@ -372,6 +384,8 @@ def _be_init_for_a_child() -> None:
     child = os.fork()
     if child == 0:
         return
+    # What we hold of the warden is none of the command's business: /proc/1/mem, environ.
+    prctl(PrctlOption.PR_SET_DUMPABLE, 0)
     os.closerange(0, 1024)
     while True:
         pid, status = os.waitpid(-1, 0)

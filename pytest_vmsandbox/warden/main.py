@@ -92,7 +92,10 @@ def _serve(line: socket.socket, *, lifeline: int, peer: _Peer, rootful: bool) ->
 def _trusted_peer(line: socket.socket) -> _Peer:
     """Who is at the other end: root, or the one for whom sudo started us, or ourselves."""
     _, uid, gid = _UCRED.unpack(line.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
-    request_peer(uid, owner=int(os.environ.get("SUDO_UID", os.geteuid())))
+    # Ourselves, unless sudo says otherwise; and where it once did so for somebody who then became
+    # us (sudo su), it is still ourselves who ask.
+    owner = uid if uid == os.geteuid() else int(os.environ.get("SUDO_UID", os.geteuid()))
+    request_peer(uid, owner=owner)
     return _Peer(uid=uid, gid=gid)
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from pytest_vmsandbox.deadline import Deadline
 from pytest_vmsandbox.host.facts import Tier
 from pytest_vmsandbox.linux import CloneFlags, MountFlags, mount, unshare
-from pytest_vmsandbox.machine.walled import WalledLauncher
+from pytest_vmsandbox.machine.warden_launcher import WardenLauncher
 from pytest_vmsandbox.vmm.bare import BareLauncher
 from pytest_vmsandbox.vmm.launch import Launcher, LaunchRequest, VmmProcess
 from pytest_vmsandbox.warden.client import Warden, open_warden
@@ -86,7 +86,7 @@ async def ground(tier: Tier) -> AsyncIterator[Ground]:
                 for name in ("ours", "theirs"):
                     log = directory / f"{name}.log"
                     wardens.append(await stack.enter_async_context(open_warden(tier, log=log)))
-            launchers: list[Launcher] = [WalledLauncher(warden) for warden in wardens]
+            launchers: list[Launcher] = [WardenLauncher.through(warden) for warden in wardens]
             first, second = launchers or (BareLauncher(), BareLauncher())
             yield Ground(
                 directory=directory,

@@ -11,7 +11,7 @@ import pytest
 from pytest_vmsandbox.errors import HostUnfit
 from pytest_vmsandbox.host.facts import Tier
 from pytest_vmsandbox.jail.vmm_view import plan_vmm_view
-from pytest_vmsandbox.machine.walled import WalledLauncher
+from pytest_vmsandbox.machine.warden_launcher import WardenLauncher
 from pytest_vmsandbox.vmm.launch import LaunchRequest
 from pytest_vmsandbox.warden.client import open_warden
 from pytest_vmsandbox.warden.steps import Bind
@@ -70,7 +70,7 @@ async def test_a_program_in_a_home_runs_and_does_not_see_the_home(
     try:
         async with (
             open_warden(tier, log=tmp_path / "warden.log") as warden,
-            WalledLauncher(warden).launch(request) as process,
+            WardenLauncher.through(warden).launch(request) as process,
         ):
             status = await process.wait()
     except HostUnfit as unfit:

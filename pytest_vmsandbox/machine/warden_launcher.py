@@ -1,19 +1,22 @@
-"""The walled launcher: VMMs as processes of the worker's warden, each in a jail of its own."""
+"""The warden launcher: VMMs as processes of a worker's warden, each in a jail of its own."""
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import socket
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Self
 
 from pytest_vmsandbox.deadline import Deadline
-from pytest_vmsandbox.errors import HostUnfit
+from pytest_vmsandbox.errors import BootFailed, HostUnfit, VmSandboxError
 from pytest_vmsandbox.host.socket_auth import verify_machine_peer
 from pytest_vmsandbox.jail.vmm_view import ROOM, plan_vmm_view
+from pytest_vmsandbox.lease.entries import CGROUP_PREFIX, CgroupEntry
+from pytest_vmsandbox.lease.ledger import Ledger
 from pytest_vmsandbox.linux import ProcessIdentity
 from pytest_vmsandbox.vmm.launch import LaunchRequest, VmmView
 from pytest_vmsandbox.warden.client import JailedProcess, Warden
@@ -43,7 +46,14 @@ _NOT_YET = (FileNotFoundError, ConnectionRefusedError, BlockingIOError, ProcessL
 RESERVED_BYTES = 6 << 30
 
 
-class WalledProcess:
+# What the kernel answers where it does not let us build walls, or start this program.
+_UNFIT = (
+    *(errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL),
+    *(errno.ENOENT, errno.ENOTDIR, errno.ENOEXEC, errno.EROFS),
+)
+
+
+class WardenProcess:
     """A VMM behind walls (see `VmmProcess`)."""
 
     def __init__(self, process: JailedProcess) -> None:
@@ -93,11 +103,27 @@ class WalledProcess:
         return sock
 
 
-class WalledLauncher:
-    """Starts VMMs through a warden; each sees its own directory and nothing of the others."""
+class WardenLauncher:
+    """Starts VMMs through a warden; each sees its own directory and nothing of the others.
 
-    def __init__(self, warden: Warden) -> None:
-        self._warden = warden
+    `find_warden` gives the warden, another one once that has died. What it makes on the host for a
+    VMM stands in `ledger` first, and until it is gone.
+    """
+
+    def __init__(
+        self, find_warden: Callable[[], Awaitable[Warden]], *, ledger: Ledger | None = None
+    ) -> None:
+        self._find_warden = find_warden
+        self._ledger = ledger
+
+    @classmethod
+    def through(cls, warden: Warden) -> Self:
+        """A launcher through this one warden, for as long as it lives; nothing is recorded."""
+
+        async def find() -> Warden:
+            return warden
+
+        return cls(find)
 
     def view(self, *, directory: Path, files: Sequence[Path]) -> VmmView:  # noqa: ARG002 - not shown
         """Its directory exists in its own view only; files come as descriptors."""
@@ -110,34 +136,52 @@ class WalledLauncher:
         )
 
     @asynccontextmanager
-    async def launch(self, request: LaunchRequest) -> AsyncIterator[WalledProcess]:
+    async def launch(self, request: LaunchRequest) -> AsyncIterator[WardenProcess]:
         """Start it; leaving the context kills it.
 
-        Raises HostUnfit when its program can't be started.
+        Raises HostUnfit where this host does not let it be walled in, BootFailed for anything else
+        that keeps it from starting.
         """
-        with ExitStack() as given:
+        warden = await self._find_warden()
+        with ExitStack() as recorded, ExitStack() as given:
+            if self._ledger is not None:
+                for parent in warden.greeting.groups:
+                    path = Path(parent, f"{CGROUP_PREFIX}{request.id}")
+                    recorded.enter_context(_recorded_group(path, ledger=self._ledger))
             files = [given.enter_context(file) for file in _streams(request)]
             files += [given.enter_context(path.open("rb")) for path in request.files]
-            async with self._start(request, [file.fileno() for file in files]) as process:
+            descriptors = [file.fileno() for file in files]
+            async with AsyncExitStack() as stack:
+                try:
+                    started = warden.launch(_order(request), descriptors)
+                    process = await stack.enter_async_context(started)
+                except OSError as error:
+                    raise _failure(request, error) from error
                 given.close()
-                yield WalledProcess(process)
+                yield WardenProcess(process)
 
-    @asynccontextmanager
-    async def _start(
-        self, request: LaunchRequest, descriptors: Sequence[int]
-    ) -> AsyncIterator[JailedProcess]:
-        async with AsyncExitStack() as stack:
-            try:
-                started = self._warden.launch(_order(request), descriptors)
-                process = await stack.enter_async_context(started)
-            except OSError as error:
-                raise HostUnfit(
-                    "VMS-WALLS-UNUSABLE",
-                    "a VMM that starts behind walls",
-                    str(error),
-                    "vmsandbox doctor; --vm-tier=bare does without walls",
-                ) from error
-            yield process
+
+@contextmanager
+def _recorded_group(path: Path, *, ledger: Ledger) -> Iterator[None]:
+    """Have it in the ledger while it may be there: a warden that died has removed nothing."""
+    number = ledger.record(CgroupEntry(path=path))
+    try:
+        yield
+    finally:
+        if not path.exists():
+            ledger.strike(number)
+
+
+def _failure(request: LaunchRequest, error: OSError) -> VmSandboxError:
+    """What it means that it could not be started: the host lacks something, or this went wrong."""
+    if error.errno in _UNFIT:
+        return HostUnfit(
+            "VMS-WALLS-UNUSABLE",
+            "a VMM that starts behind walls",
+            str(error),
+            "vmsandbox doctor says what this host lacks",
+        )
+    return BootFailed(request.name or request.id, f"its VMM could not be started: {error}")
 
 
 def _streams(request: LaunchRequest) -> Iterator[IO[bytes]]:
