@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pytest_vmsandbox.errors import HostUnfit
 from pytest_vmsandbox.host.facts import Capability, Fact, HostFacts, Tier
 
-# What a tier stands on, beside a jail that was built in its way. ROOT stands on being uid 0.
+# What a tier stands on, beside a jail that was built in its way. ROOT stands on being uid 0. Where
+# the warden is root it does without the user qemu-vm: VMMs then get a uid that nobody has.
 STANDS_ON: Mapping[Tier, tuple[Capability, ...]] = {
     Tier.ROOT: (),
-    Tier.SUDO: (Capability.SUDO, Capability.QEMU_VM_USER),
+    Tier.SUDO: (Capability.SUDO,),
     Tier.QEMU_VM: (Capability.SUDO_QEMU_VM, Capability.QEMU_VM_USER),
     Tier.USERNS: (Capability.USER_NAMESPACES,),
 }

@@ -269,6 +269,7 @@ def test_an_unknown_capability_is_refused_by_name(capsys: pytest.CaptureFixture[
 def test_an_absent_capability_is_shown_with_evidence_code_and_remedy() -> None:
     text = doctor.render(facts_in(Tier.USERNS, Capability.SUDO_QEMU_VM))
 
+    assert "evidence of qemu_vm_user  (for tier qemu-vm)" in text  # sudo does without
     assert "evidence of sudo_qemu_vm  (for tier qemu-vm)" in text
     assert "VMS-SUDO-QEMU-VM-MISSING" in text
     assert "try: remedy of sudo_qemu_vm" in text

@@ -38,7 +38,8 @@ ALL = (C.SUDO, C.QEMU_VM_USER, C.SUDO_QEMU_VM, C.USER_NAMESPACES)
         (0, (), None, Tier.BARE),
         (1000, ALL, Tier.SUDO, Tier.SUDO),
         (1000, (C.SUDO, C.QEMU_VM_USER), Tier.SUDO, Tier.SUDO),
-        (1000, (C.SUDO,), Tier.SUDO, Tier.BARE),  # nobody to run VMMs as
+        (1000, (C.SUDO,), Tier.SUDO, Tier.SUDO),  # VMMs run as a uid that nobody has
+        (1000, (C.SUDO_QEMU_VM,), Tier.QEMU_VM, Tier.BARE),  # nobody to become
         (1000, (C.SUDO, C.USER_NAMESPACES), Tier.USERNS, Tier.USERNS),
         (1000, (C.SUDO_QEMU_VM, C.QEMU_VM_USER), Tier.QEMU_VM, Tier.QEMU_VM),
         (1000, (C.USER_NAMESPACES,), Tier.USERNS, Tier.USERNS),
@@ -80,8 +81,9 @@ def test_the_reason_for_bare_is_what_was_seen() -> None:
 
 
 def test_what_a_tier_still_needs() -> None:
-    facts = facts_with(C.SUDO, jail=None)
+    facts = facts_with(C.SUDO, C.SUDO_QEMU_VM, jail=None)
 
-    assert [fact.capability for fact in missing_for(Tier.SUDO, facts)] == [C.QEMU_VM_USER]
+    assert missing_for(Tier.SUDO, facts) == ()
+    assert [fact.capability for fact in missing_for(Tier.QEMU_VM, facts)] == [C.QEMU_VM_USER]
     assert missing_for(Tier.ROOT, facts) == ()
     assert missing_for(Tier.BARE, facts) == ()
