@@ -293,9 +293,8 @@ class Warden:
 
     def _adopt(self, number: int, descriptors: Sequence[int], *, who: Who) -> JailedProcess:
         """What was launched, as an object that is told of its end."""
-        if (
-            not descriptors
-        ):  # we may hold no more, and the kernel dropped it (recvmsg(2), MSG_CTRUNC)
+        # We may hold no more, and the kernel has dropped it (recvmsg(2), MSG_CTRUNC).
+        if not descriptors:
             raise OSError(errno.EMFILE, "the process's descriptor could not be taken")
         (pidfd,) = descriptors
         uid = self.greeting.uid if who is Who.VMM else self.greeting.owner_uid
@@ -377,9 +376,9 @@ def _start(tier: Tier, *, log: Path) -> Warden:
             stderr=output,
             start_new_session=True,
             cwd="/",
-            # Not ours: it may hold secrets, and what sudo once said of somebody else. sudo adds its
-            # own words. HOME and the like are nothing to the warden.
-            env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"},
+            # Not ours, which may hold secrets, and what sudo once said of somebody else; sudo adds
+            # its own words.
+            env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C.UTF-8"},
         )
         ours.settimeout(0)
         warden = Warden(ours, child, log)

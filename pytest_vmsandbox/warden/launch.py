@@ -368,7 +368,7 @@ def _limit(limits: Limits, *, others: Mapping[int, int]) -> None:
 
 
 def _heed_signals() -> None:
-    """Ignore and block no signal: Python does, and whoever started pytest (nohup, a shell's `&`)."""
+    """Neither ignore nor block any: Python does, and whoever started pytest (nohup, `&`)."""
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
         with suppress(OSError):  # those that the C library keeps for itself

@@ -13,7 +13,7 @@ import pytest
 
 from pytest_vmsandbox.host.facts import Tier
 from pytest_vmsandbox.linux import OwnedFd
-from pytest_vmsandbox.warden.client import Warden
+from pytest_vmsandbox.warden.client import Warden, open_warden
 from pytest_vmsandbox.warden.requests import Limits, Network, Who
 from pytest_vmsandbox.warden.steps import Bind, Proc, Step, Symlink, Tmpfs
 from tests.warden.conftest import (
@@ -249,7 +249,8 @@ print(json.dumps([resource.getrlimit(getattr(resource, "RLIMIT_" + name))
 
     seen = await see(warden, python(script, limits=limits))
 
-    assert seen == [[most, most] for most in (0, 1 << 30, 50, 1 << 20, 100)]
+    # 1 byte of core, not 0: to the kernel that means "and hand it to nobody" (fs/coredump.c)
+    assert seen == [[most, most] for most in (1, 1 << 30, 50, 1 << 20, 100)]
 
 
 async def test_a_vmm_uses_up_little_of_what_its_user_has_elsewhere_too(warden: Warden) -> None:
@@ -266,6 +267,51 @@ print(json.dumps([watchers, *limits]))
     watchers, *_ = await see(warden, python(script, who=Who.OWNER))
 
     assert watchers > 8
+
+
+async def test_a_vmm_watches_few_files_of_those_that_its_user_may_watch(warden: Warden) -> None:
+    script = """
+import ctypes, json, os
+libc = ctypes.CDLL(None)
+instance = libc.inotify_init()
+names = [f"/usr/bin/{name}" for name in os.listdir("/usr/bin")]
+watched = [libc.inotify_add_watch(instance, name.encode(), 2) for name in names]
+print(json.dumps(len({watch for watch in watched if watch >= 0})))
+"""
+    assert await see(warden, python(script)) == 64
+
+
+async def test_no_command_sees_our_environment(
+    tier: Tier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VMSANDBOX_SECRET", "hush")
+    script = """
+import json, os
+seen = {}
+for name in ("environ", "mem", "root"):
+    try:
+        seen[name] = open(f"/proc/1/{name}", "rb").read(65536).decode(errors="replace")
+    except OSError as error:
+        seen[name] = None
+print(json.dumps([dict(os.environ), seen]))
+"""
+    async with open_warden(tier, log=tmp_path / "log") as warden:
+        own, seen = await see(warden, python(script, who=Who.OWNER))
+
+    assert "VMSANDBOX_SECRET" not in own
+    assert seen == {"environ": None, "mem": None, "root": None}
+
+
+async def test_blocked_signals_are_not_handed_on(tier: Tier, tmp_path: Path) -> None:
+    old = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        async with open_warden(tier, log=tmp_path / "log") as warden:
+            script = "import json, signal; print(json.dumps(len(signal.pthread_sigmask(0, ()))))"
+            blocked = await see(warden, python(script))
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, old)
+
+    assert blocked == 0
 
 
 async def test_what_is_not_limited_is_as_it_was(warden: Warden) -> None:

@@ -15,7 +15,8 @@ import pytest
 from pytest_vmsandbox.host.facts import Tier
 from pytest_vmsandbox.host.way import render_start
 from pytest_vmsandbox.warden.bundle import BOOTSTRAP, open_bundle
-from tests.warden.conftest import RawLine, inner_of
+from pytest_vmsandbox.warden.client import open_warden
+from tests.warden.conftest import TRUE, RawLine, inner_of, order, run
 
 SOMEBODY = 61_003
 
@@ -93,6 +94,25 @@ def test_who_called_sudo_is_served_and_is_the_owner(
     assert (done.returncode, done.stderr) == (0, "")
     greeting = json.loads(of_somebody[0].recv(1 << 16))
     assert greeting["uid"] not in (0, SOMEBODY)
+
+
+async def test_what_sudo_once_said_of_somebody_else_is_no_word_on_us(
+    tier: Tier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SUDO_UID", str(SOMEBODY))
+    async with open_warden(tier, log=tmp_path / "log") as warden:
+        assert await run(warden, order(TRUE)) == (0, "", "")
+
+
+def test_we_are_served_whatever_sudo_said_before_we_became_ourselves(tier: Tier) -> None:
+    if tier not in (Tier.ROOT, Tier.USERNS):
+        pytest.skip("sudo itself says who called it")
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        done = start((ours, theirs), {"SUDO_UID": str(SOMEBODY)})
+
+        assert (done.returncode, done.stderr) == (0, "")
+        assert b'"uid"' in ours.recv(1 << 16)
 
 
 def test_a_line_that_is_no_socket_is_not_served() -> None:
