@@ -22,17 +22,17 @@ from filelock import FileLock, Timeout
 
 from pytest_vmsandbox.deadline import Deadline
 from pytest_vmsandbox.host.facts import Fact, HostFacts, Verdict
+from pytest_vmsandbox.host.rights import Rights, read_rights
 from pytest_vmsandbox.host.setup_record import RECORD
+from pytest_vmsandbox.linux.process_identity import read_boot_id
 
 # Grows with every change of a probe, so that nothing an older one said is believed.
-PROBES_VERSION = 3
+PROBES_VERSION = 4
 
 _DISTRIBUTION = "pytest-vmsandbox"
 
 # How often a worker that waits for another's survey looks.
 _LOOK_EVERY_S = 0.02
-
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +42,7 @@ class Key:
     boot_id: str
     uid: int
     groups: tuple[int, ...]
-    capabilities: str  # the effective ones: root in a container may have few
+    rights: Rights
     search_path: str
     run_device: int  # the file system of the run directory; its name changes with each run
     qemu: tuple[str, int, int]  # path, mtime in ns, size
@@ -61,10 +61,10 @@ class Key:
 def key_of(*, qemu: Path | None, search_path: str, run_dir: Path) -> Key:
     """The key of this host for this process, at this moment."""
     return Key(
-        boot_id=read_boot_id(),
+        boot_id=_boot_id(),
         uid=os.getuid(),
         groups=tuple(sorted(os.getgroups())),
-        capabilities=_effective_capabilities(),
+        rights=read_rights(),
         search_path=search_path,
         run_device=run_dir.stat().st_dev,
         qemu=_identity(qemu),
@@ -72,14 +72,6 @@ def key_of(*, qemu: Path | None, search_path: str, run_dir: Path) -> Key:
         setup=_identity(RECORD),
         our_version=_our_version(),
     )
-
-
-def read_boot_id() -> str:
-    """The id of this boot of the host (random(4)); without one nothing outlives this process."""
-    try:
-        return _BOOT_ID.read_text(encoding="ascii").strip()
-    except OSError:
-        return f"no boot id: process {os.getpid()}"
 
 
 def recall(cache_dir: Path, key: Key) -> HostFacts | None:
@@ -126,12 +118,11 @@ def is_final(kvm: Fact) -> bool:
     return kvm.verdict is not Verdict.UNCONFIRMED
 
 
-def _effective_capabilities() -> str:
-    """The line of proc_pid_status(5) that tells them; empty where there is no such file."""
-    with suppress(OSError):
-        lines = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace")
-        return next((line for line in lines.splitlines() if line.startswith("CapEff:")), "")
-    return ""
+def _boot_id() -> str:
+    try:
+        return read_boot_id()
+    except OSError:  # then nothing is remembered for longer than this process
+        return f"no boot id: process {os.getpid()}"
 
 
 def _our_version() -> str:

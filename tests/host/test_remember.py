@@ -22,6 +22,8 @@ from pytest_vmsandbox.host.facts import (
     fact_of,
 )
 from pytest_vmsandbox.host.remember import Key, key_of, recall, remember
+from pytest_vmsandbox.host.rights import read_rights
+from pytest_vmsandbox.linux import process_identity
 
 
 def some_facts(verdict: Verdict = Verdict.OK) -> HostFacts:
@@ -49,7 +51,7 @@ def test_facts_are_recalled_under_their_key(tmp_path: Path, key: Key, verdict: V
         {"boot_id": "another"},
         {"uid": 4242},
         {"groups": (1, 2, 3)},
-        {"capabilities": "CapEff:\t0"},
+        {"rights": dataclasses.replace(read_rights(), profile="another")},
         {"search_path": "/usr/bin"},
         {"run_device": -1},
         {"qemu": ("/other", 1, 1)},
@@ -58,7 +60,7 @@ def test_facts_are_recalled_under_their_key(tmp_path: Path, key: Key, verdict: V
         {"our_version": "0"},
         {"probes_version": -1},
     ],
-    ids=str,
+    ids=lambda change: next(iter(change)),
 )
 def test_facts_of_another_key_are_not_these(
     tmp_path: Path, key: Key, change: dict[str, object]
@@ -124,6 +126,14 @@ def test_without_a_qemu_there_is_a_key_too(tmp_path: Path) -> None:
     assert key_of(qemu=None, search_path="", run_dir=tmp_path) == key_of(
         qemu=gone, search_path="", run_dir=tmp_path
     )
+
+
+def test_without_a_boot_id_each_process_has_a_key_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process_identity, "_PROC", tmp_path)
+
+    assert str(os.getpid()) in key_of(qemu=None, search_path="", run_dir=tmp_path).boot_id
 
 
 def test_what_ran_out_of_time_is_not_remembered(tmp_path: Path, key: Key) -> None:
