@@ -62,6 +62,8 @@ class Group:
         try:
             for hierarchy in hierarchies:
                 path = hierarchy.parent / f"{PREFIX}{name}"
+                if path.exists():  # left by a warden that died; one with a process in it resists
+                    path.rmdir()
                 path.mkdir()
                 self.paths.append(path)
                 for file, amount in hierarchy.amounts(limits).items():
