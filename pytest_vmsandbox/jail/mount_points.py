@@ -16,10 +16,10 @@ import os
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from pytest_vmsandbox.errors import RequestInvalid, TeardownRefused
-from pytest_vmsandbox.jail.sandbox_plan import MountPoint
 from pytest_vmsandbox.lease.run_directory import default_base, make_private
 from pytest_vmsandbox.linux import OwnedFd
 from pytest_vmsandbox.linux.openat2 import ResolveFlags, openat2
@@ -28,6 +28,15 @@ REGISTER = "mount-points"
 
 # A symbolic link is followed as it is from inside, one of /proc never.
 INSIDE = ResolveFlags.RESOLVE_IN_ROOT | ResolveFlags.RESOLVE_NO_MAGICLINKS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MountPoint:
+    """A place for a mount: `path`, as seen from inside the directory `root` of the host."""
+
+    root: str
+    path: str
+    directory: bool
 
 
 @contextmanager

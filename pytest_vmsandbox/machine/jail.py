@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from pytest_vmsandbox.host.facts import Tier
 from pytest_vmsandbox.host.tier import require_tier, require_walls
-from pytest_vmsandbox.jail.sandbox_config import (
+from pytest_vmsandbox.jail.sandbox.config import (
     CAPTURE,
     ExtraMountForm,
     PathLike,

@@ -24,8 +24,8 @@ from pytest_vmsandbox.image.cache import ensure_image
 from pytest_vmsandbox.image.image import Image
 from pytest_vmsandbox.image.progress import Progress, SilentProgress
 from pytest_vmsandbox.jail.mount_points import remove_abandoned_mount_points
-from pytest_vmsandbox.jail.sandbox_config import SandboxConfig
-from pytest_vmsandbox.jail.sandbox_run import Ended, run_in
+from pytest_vmsandbox.jail.sandbox.config import SandboxConfig
+from pytest_vmsandbox.jail.sandbox.run import Ended, run_in
 from pytest_vmsandbox.lease.layout import Leftover, leftover_of
 from pytest_vmsandbox.lease.run_directory import (
     RunDirectory,

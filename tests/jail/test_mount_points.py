@@ -16,10 +16,10 @@ import pytest
 from pytest_vmsandbox.errors import HostUnfit, RequestInvalid, TeardownRefused
 from pytest_vmsandbox.jail.mount_points import (
     REGISTER,
+    MountPoint,
     open_mount_points,
     remove_abandoned_mount_points,
 )
-from pytest_vmsandbox.jail.sandbox_plan import MountPoint
 from tests.people import CHECKOUT
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from pytest_vmsandbox.errors import RequestInvalid
-from pytest_vmsandbox.jail.sandbox_config import DEFAULT_PATH
-from pytest_vmsandbox.jail.sandbox_plan import TMPFS_MIB
+from pytest_vmsandbox.jail.sandbox.config import DEFAULT_PATH
+from pytest_vmsandbox.jail.sandbox.plan import TMPFS_MIB
 from tests.children import no_child_is_left, remember_children
 from tests.jail.conftest import USR, Runner
 from tests.people import CHECKOUT, Kind, Person

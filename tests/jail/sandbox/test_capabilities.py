@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 
 from pytest_vmsandbox.errors import HostUnfit, RequestInvalid
-from pytest_vmsandbox.jail import sandbox_capabilities
 from pytest_vmsandbox.jail.sandbox import (
     CAPABILITIES,
     SandboxDegraded,
+    capabilities,
     degrade_config_for_capabilities,
 )
-from pytest_vmsandbox.jail.sandbox_config import SandboxConfig
-from pytest_vmsandbox.jail.sandbox_run import Ended
+from pytest_vmsandbox.jail.sandbox.config import SandboxConfig
+from pytest_vmsandbox.jail.sandbox.run import Ended
 
 WEAK = {
     "network": ("undefined",),
@@ -36,15 +36,15 @@ def _no_walls(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def refuse(_config: SandboxConfig) -> Ended:
         raise HostUnfit("VMS-TEST", "walls", "none", "none")
 
-    monkeypatch.setattr(sandbox_capabilities, "run_with_own_warden", refuse)
-    sandbox_capabilities._found.cache_clear()
+    monkeypatch.setattr(capabilities, "run_with_own_warden", refuse)
+    capabilities._found.cache_clear()
     yield
-    sandbox_capabilities._found.cache_clear()
+    capabilities._found.cache_clear()
 
 
 @pytest.mark.usefixtures("_walls")
 def test_a_host_with_walls_can_do_it_all_and_keeps_a_config_as_it_is() -> None:
-    sandbox_capabilities._found.cache_clear()
+    capabilities._found.cache_clear()
 
     assert dict(CAPABILITIES) == {
         "network": ("undefined", "isolated"),
@@ -104,7 +104,7 @@ def test_what_works_alone_counts_alone(monkeypatch: pytest.MonkeyPatch) -> None:
             return Ended(exit_code=0, out=b"", err=b"")
         raise OSError("no")
 
-    monkeypatch.setattr(sandbox_capabilities, "run_with_own_warden", only_network)
+    monkeypatch.setattr(capabilities, "run_with_own_warden", only_network)
 
     assert dict(CAPABILITIES) == {**WEAK, "network": ("undefined", "isolated")}
 

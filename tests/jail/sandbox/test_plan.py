@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pytest_vmsandbox.jail.sandbox_config import parse_config
-from pytest_vmsandbox.jail.sandbox_plan import (
+from pytest_vmsandbox.jail.sandbox.config import parse_config
+from pytest_vmsandbox.jail.sandbox.plan import (
     TMPFS_MIB,
     MountPoint,
     SandboxPlan,

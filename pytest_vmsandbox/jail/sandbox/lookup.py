@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 
 from pytest_vmsandbox.errors import RequestInvalid
 from pytest_vmsandbox.jail.mount_points import INSIDE
-from pytest_vmsandbox.jail.sandbox_config import (
+from pytest_vmsandbox.jail.sandbox.config import (
     DEFAULT_PATH,
     EVERYTHING,
     MountKind,

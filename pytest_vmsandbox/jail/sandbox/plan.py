@@ -7,7 +7,8 @@ from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
-from pytest_vmsandbox.jail.sandbox_config import (
+from pytest_vmsandbox.jail.mount_points import MountPoint
+from pytest_vmsandbox.jail.sandbox.config import (
     EVERYTHING,
     ExtraMount,
     MountKind,
@@ -28,15 +29,6 @@ KERNEL_FILE_SYSTEMS = frozenset(
         *("fusectl", "resctrl", "nfsd"),
     }
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MountPoint:
-    """A place for a mount: `path`, as seen from inside the directory `root` of the host."""
-
-    root: str
-    path: str
-    directory: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

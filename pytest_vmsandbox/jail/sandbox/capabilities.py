@@ -9,8 +9,8 @@ from functools import cache
 from typing import Any
 
 from pytest_vmsandbox.errors import RequestInvalid, VmSandboxError
-from pytest_vmsandbox.jail.sandbox_apart import run_with_own_warden
-from pytest_vmsandbox.jail.sandbox_config import PARAMETERS, parse_config
+from pytest_vmsandbox.jail.sandbox.apart import run_with_own_warden
+from pytest_vmsandbox.jail.sandbox.config import PARAMETERS, parse_config
 
 # What takes no wall, and for stronger wishes their word and the trial that shows that they work.
 _WEAKEST = {"network": "undefined", "mounts": "undefined", "filesystem_writable_paths": "all"}

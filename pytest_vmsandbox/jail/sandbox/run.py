@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Self
 
 from pytest_vmsandbox.jail.mount_points import open_mount_points
-from pytest_vmsandbox.jail.sandbox_config import (
+from pytest_vmsandbox.jail.sandbox.config import (
     CAPTURE,
     DISCARD,
     STDOUT,
@@ -20,8 +20,8 @@ from pytest_vmsandbox.jail.sandbox_config import (
     Stream,
     Walls,
 )
-from pytest_vmsandbox.jail.sandbox_lookup import devices_of, find_programs, require_paths
-from pytest_vmsandbox.jail.sandbox_plan import plan_sandbox, visible_mounts
+from pytest_vmsandbox.jail.sandbox.lookup import devices_of, find_programs, require_paths
+from pytest_vmsandbox.jail.sandbox.plan import plan_sandbox, visible_mounts
 from pytest_vmsandbox.linux import OwnedFd, read_mountinfo
 from pytest_vmsandbox.warden.client import Warden
 from pytest_vmsandbox.warden.requests import Launch, Limits, Network, Who

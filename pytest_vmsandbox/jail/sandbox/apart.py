@@ -13,8 +13,8 @@ from typing import Any, TypeAlias, TypeVar
 from pytest_vmsandbox.errors import HostUnfit
 from pytest_vmsandbox.host.facts import Capability, Tier, Verdict, code_of
 from pytest_vmsandbox.host.platform import current_platform
-from pytest_vmsandbox.jail.sandbox_config import SandboxConfig
-from pytest_vmsandbox.jail.sandbox_run import Ended, run_in
+from pytest_vmsandbox.jail.sandbox.config import SandboxConfig
+from pytest_vmsandbox.jail.sandbox.run import Ended, run_in
 from pytest_vmsandbox.linux import OwnedFd
 from pytest_vmsandbox.warden.client import open_warden
 

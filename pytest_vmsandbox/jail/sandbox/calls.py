@@ -1,36 +1,18 @@
-"""A command of the host behind walls: `run_sandbox` and what belongs to it."""
+"""The calls: a command behind walls, from its parameters to its exit status and output."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from pytest_vmsandbox.jail.sandbox_apart import run_with_own_warden
-from pytest_vmsandbox.jail.sandbox_capabilities import (
-    CAPABILITIES,
-    SandboxDegraded,
-    degrade_config_for_capabilities,
-)
-from pytest_vmsandbox.jail.sandbox_config import (
+from pytest_vmsandbox.jail.sandbox.apart import run_with_own_warden
+from pytest_vmsandbox.jail.sandbox.config import (
     CAPTURE,
-    DISCARD,
-    STDOUT,
     ExtraMountForm,
     PathLike,
     Stream,
     parse_config,
 )
-
-__all__ = [
-    "CAPABILITIES",
-    "CAPTURE",
-    "DISCARD",
-    "STDOUT",
-    "SandboxDegraded",
-    "degrade_config_for_capabilities",
-    "run_sandbox",
-    "run_sandbox_with_redirection",
-]
 
 
 def run_sandbox(  # noqa: PLR0913 - its parameters are fixed

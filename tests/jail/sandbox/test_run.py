@@ -27,9 +27,9 @@ from pytest_vmsandbox.jail.sandbox import (
     run_sandbox,
     run_sandbox_with_redirection,
 )
-from pytest_vmsandbox.jail.sandbox_apart import run_apart
-from pytest_vmsandbox.jail.sandbox_config import parse_config
-from pytest_vmsandbox.jail.sandbox_run import run_in
+from pytest_vmsandbox.jail.sandbox.apart import run_apart
+from pytest_vmsandbox.jail.sandbox.config import parse_config
+from pytest_vmsandbox.jail.sandbox.run import run_in
 from pytest_vmsandbox.linux import read_mountinfo
 from pytest_vmsandbox.warden.client import open_warden
 from tests.children import no_child_is_left, remember_children

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pytest_vmsandbox.errors import RequestInvalid
-from pytest_vmsandbox.jail.sandbox_config import (
+from pytest_vmsandbox.jail.sandbox.config import (
     CAPTURE,
     DEFAULT_PATH,
     EVERYTHING,
