@@ -93,8 +93,14 @@ def capability_of(code: str) -> Capability | None:
     """The capability that a code is about; None for a code of another kind.
 
     A code's beginning does not tell: ``VMS-SUDO-DENIED`` and ``VMS-SUDO-QEMU-VM-DENIED`` differ.
+    But what keeps walls from being built is about them, whatever it is.
     """
+    if code.startswith(_ABOUT_WALLS):
+        return Capability.JAIL
     return _CAPABILITIES.get(code)
+
+
+_ABOUT_WALLS = ("VMS-TIER-", "VMS-WARDEN-", "VMS-WALLS-")
 
 
 _CAPABILITIES: Mapping[str, Capability] = MappingProxyType(

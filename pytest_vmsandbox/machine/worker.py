@@ -15,7 +15,7 @@ from functools import cached_property, partial
 from itertools import count
 from pathlib import Path
 
-from pytest_vmsandbox.errors import HostUnfit, TeardownRefused
+from pytest_vmsandbox.errors import HostUnfit
 from pytest_vmsandbox.guest.compiler import agent_binary
 from pytest_vmsandbox.host.facts import Capability, HostFacts, Tier, Verdict
 from pytest_vmsandbox.host.survey import probe_host, settle_kvm
@@ -26,7 +26,7 @@ from pytest_vmsandbox.image.progress import Progress, SilentProgress
 from pytest_vmsandbox.jail.mount_points import remove_abandoned_mount_points
 from pytest_vmsandbox.jail.sandbox.config import SandboxConfig
 from pytest_vmsandbox.jail.sandbox.run import Ended, run_in
-from pytest_vmsandbox.lease.layout import Leftover, leftover_of
+from pytest_vmsandbox.lease.layout import Leftover
 from pytest_vmsandbox.lease.run_directory import (
     RunDirectory,
     default_base,
@@ -48,7 +48,11 @@ from pytest_vmsandbox.warden.client import Warden
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerSettings:
-    """What a worker is told; `id` is the xdist worker's name, at most 8 characters long."""
+    """What a worker is told; `id` is the xdist worker's name, at most 8 characters long.
+
+    `required` are capabilities that no machine may do without, though it asked for `auto`: with
+    `jail` among them none runs in the tier bare, with `kvm` none is emulated.
+    """
 
     cache_dir: Path
     id: str = "main"
@@ -57,6 +61,7 @@ class WorkerSettings:
     host_kernel: Path | None = None
     reprobe: bool = False
     machine_type: MachineType = MachineType.Q35
+    required: frozenset[str] = frozenset()
 
 
 class Worker:
@@ -89,10 +94,7 @@ class Worker:
         directory = self._acquired.enter_context(
             open_run_directory(self._base, worker=self.settings.id)
         )
-        try:
-            remove_abandoned_mount_points(base=self._base)
-        except TeardownRefused as refused:
-            directory.leftovers.append(leftover_of(refused))
+        directory.leftovers.extend(remove_abandoned_mount_points(base=self._base))
         return directory
 
     @property
@@ -137,7 +139,7 @@ class Worker:
     async def run_behind_walls(self, config: SandboxConfig, *, tier: str) -> Ended:
         """Run a command of the host in the warden of that tier; HostUnfit where there is none."""
         walled = require_walls(tier, await self._known_facts())
-        return await run_in(await self._warden(walled), config)
+        return await run_in(await self._warden(walled), config, base=self._base)
 
     async def image(self, wanted: str) -> Image:
         """The image by that name or path; built, by whoever comes first, when it is not there."""
@@ -166,11 +168,15 @@ class Worker:
         facts = await self._known_facts()
         facts.require(Capability.QEMU)
         assert facts.qemu is not None  # what was just required has found it
-        tier = require_tier(spec.tier, facts)
+        walled = Capability.JAIL in self.settings.required
+        tier = (require_walls if walled else require_tier)(spec.tier, facts)
         image = await self.image(spec.image)
         accel = await self._accel(spec.accel, image)
         if tier is not Tier.BARE:
-            accel = _accel_behind_walls(spec, accel, await self._warden(tier))
+            may_be_emulated = spec.accel == "auto" and Capability.KVM not in self.settings.required
+            accel = _accel_behind_walls(
+                accel, await self._warden(tier), may_be_emulated=may_be_emulated
+            )
         number = next(self._numbers)
         directory = (await self._entered()).machine_directory(f"m{number}")
         config = QemuConfig(
@@ -225,10 +231,11 @@ class Worker:
                 initramfs=image.initramfs,
                 command_line=" ".join(image.command_line),
             )
-        if wanted == "auto":
+        if wanted == "auto" and Capability.KVM not in self.settings.required:
             return facts.accel
-        if wanted == "kvm":
+        if wanted in ("auto", "kvm"):
             facts.require(Capability.KVM)
+            return "kvm"
         return wanted
 
     async def _known_facts(self) -> HostFacts:
@@ -258,11 +265,11 @@ class Worker:
         )
 
 
-def _accel_behind_walls(spec: MachineSpec, accel: str, warden: Warden) -> str:
+def _accel_behind_walls(accel: str, warden: Warden, *, may_be_emulated: bool) -> str:
     """The acceleration for a VMM that runs as the warden's user, who may have less than we."""
     if accel != "kvm" or warden.greeting.kvm:
         return accel
-    if spec.accel == "auto":
+    if may_be_emulated:
         return "tcg"
     raise HostUnfit(
         "VMS-KVM-DENIED",

@@ -27,6 +27,7 @@ from pytest_vmsandbox.plugin.report import (
     describe_host,
     forget_failure,
     keep_artifacts,
+    record_jail,
     record_machines,
     summarize,
 )
@@ -110,6 +111,8 @@ def pytest_runtest_makereport(
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Put on each report which machines there were, and on a failed one what they left."""
     report = yield
+    if (jail := getattr(item, "funcargs", {}).get("vm_jail")) is not None:
+        record_jail(report, jail)
     if machines := machines_of(item):
         record_machines(report, machines)
         if report.failed:
@@ -177,9 +180,9 @@ def _close(worker: Worker) -> list[str]:
     except TeardownRefused:
         pass  # one of its leftovers
     except VmSandboxError as error:
-        failures.append(visible(str(error)))
+        failures.append(str(error))
     left = [f"left in place: {leftover}" for leftover in worker.leftovers]
-    return [*(visible(line) for line in left), *failures]
+    return [visible(line) for line in (*worker.incidents, *left, *failures)]
 
 
 def _needs_machine(item: pytest.Item) -> bool:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from _pytest._code.code import ExceptionRepr
 
-from pytest_vmsandbox.errors import visible
+from pytest_vmsandbox.errors import HostUnfit, visible
 from pytest_vmsandbox.plugin.artifacts import write_artifacts
 from pytest_vmsandbox.plugin.holding import mark_of
 from pytest_vmsandbox.plugin.session import SETTINGS
@@ -19,10 +20,14 @@ from pytest_vmsandbox.plugin.session import SETTINGS
 if TYPE_CHECKING:
     from pytest_vmsandbox.host.facts import HostFacts
     from pytest_vmsandbox.machine.controller import MachineController
+    from pytest_vmsandbox.machine.jail import Jail
 
 # Reports cross from xdist's workers to its controller as JSON, with whatever is in them.
 RECORDS = "vm_machines"
 NOT_KEPT = "vm_not_kept"
+
+# The name of what is said of each machine among a report's properties.
+PROPERTY = "vmsandbox"
 
 CONSOLE_LINES = 100
 _SKIP_CODE = re.compile(r"\bVMS(?:-[A-Z0-9]+)+")
@@ -31,15 +36,34 @@ _FAILED = pytest.StashKey[bool]()
 
 def describe_host(facts: HostFacts, tier: str) -> list[str]:
     """Lines for pytest's header: the tier that was chosen or asked for, acceleration, and why."""
-    chosen = f"{facts.tier} ({facts.tier_reason})" if tier == "auto" else f"{tier} (asked for)"
     return [
-        f"vmsandbox: tier {chosen}",
-        f"vmsandbox: acceleration {facts.accel} ({facts.accel_reason})",
+        f"vmsandbox: tier {_describe_tier(facts, tier)}",
+        f"vmsandbox: acceleration {facts.accel}: {facts.accel_reason}",
     ]
 
 
+def _describe_tier(facts: HostFacts, wanted: str) -> str:
+    from pytest_vmsandbox.host.tier import require_tier
+
+    why = facts.tier_reason if wanted == "auto" else "asked for"
+    try:
+        tier = require_tier(wanted, facts)
+    except HostUnfit as unfit:
+        return f"{wanted} was asked for and can't be had: {unfit.code}: {unfit.evidence}"
+    warning = ", no walls: VMMs may do what you may" if tier == "bare" else ""
+    return f"{tier}{warning}: {why}"
+
+
+def record_jail(report: pytest.TestReport, jail: Jail) -> None:
+    """Put on the report in which tier its commands of the host ran."""
+    with suppress(HostUnfit):
+        report.user_properties.append((PROPERTY, f"vm_jail: tier {jail.tier}"))
+
+
 def record_machines(report: pytest.TestReport, machines: Sequence[MachineController]) -> None:
-    """Put on the report what its machines were and cost."""
+    """Put on the report what its machines were and cost; JUnit XML shows what they were."""
+    for machine in machines:
+        report.user_properties.append((PROPERTY, f"{machine.name}: {_describe(machine)}"))
     setattr(
         report,
         RECORDS,
@@ -95,13 +119,17 @@ def keep_artifacts(
 
 def summarize(reporter: pytest.TerminalReporter, *, durations: int) -> Iterator[str]:
     """Lines for the end of the run: skips by code, boots that hung, the slowest machines."""
+    from pytest_vmsandbox.host.facts import capability_of
+
     skips = Counter(
         found.group()
         for report in reporter.stats.get("skipped", [])
         if (found := _SKIP_CODE.search(str(report.longrepr)))
     )
     for code, times in skips.most_common():
-        yield f"{times} skipped by this host: {code} (vmsandbox doctor tells more)"
+        known = capability_of(code) is not None
+        more = "vmsandbox doctor tells more" if known else "docs/hosts.md explains it"
+        yield f"{times} skipped: {code} ({more})"
     for not_kept in sorted(_all_of(reporter, NOT_KEPT)):
         yield visible(f"artifacts not kept: {not_kept}")
     records = _records(reporter)
@@ -117,6 +145,7 @@ def _sections(machine: MachineController, since: int) -> Iterator[tuple[str, str
     evidence = machine.evidence()
     console = "\n".join(machine.console.since(since).splitlines()[-CONSOLE_LINES:])
     for what, text in (
+        ("facts", _describe(machine)),
         ("console", console),
         ("VMM log", evidence.vmm_stderr),
         ("VMM status", evidence.vmm_status),
@@ -125,6 +154,12 @@ def _sections(machine: MachineController, since: int) -> Iterator[tuple[str, str
     ):
         if text.strip():
             yield f"{machine.name}: {what}", visible(text.rstrip())
+
+
+def _describe(machine: MachineController) -> str:
+    facts = machine.facts
+    versions = f"kernel {facts.kernel or 'unknown'}, QEMU {facts.vmm_version or 'unknown'}"
+    return f"tier {facts.tier}, {facts.accel}, image {facts.image}, {versions}"
 
 
 def _records(reporter: pytest.TerminalReporter) -> list[dict[str, Any]]:

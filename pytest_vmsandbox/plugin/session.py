@@ -36,6 +36,7 @@ def worker_of(config: pytest.Config) -> Worker:
                 host_kernel=settings.host_kernel,
                 reprobe=settings.reprobe,
                 machine_type=MachineType(settings.machine),
+                required=settings.require,
             ),
             progress=TerminalProgress(config),
         )

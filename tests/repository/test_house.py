@@ -125,6 +125,12 @@ def test_nothing_is_left_for_later() -> None:
     assert [_id(path) for path in OURS if later.search(path.read_text())] == []
 
 
+def test_only_the_cache_of_images_removes_trees_without_looking_for_mounts() -> None:
+    removing = [path for path in OURS if "rm" + "tree(" in path.read_text()]
+
+    assert {path.parent.name for path in removing if path.is_relative_to(PACKAGE)} <= {"image"}
+
+
 @pytest.mark.parametrize("module", MODULES, ids=_id)
 def test_a_module_is_named_for_what_it_holds(module: Path) -> None:
     assert module.stem not in {"util", "utils", "helper", "helpers", "misc", "tools"}
