@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TypedDict
 
 from pytest_vmsandbox.cli.runs import add_run_dir_argument, ask_each_base
-from pytest_vmsandbox.errors import TeardownRefused, visible
+from pytest_vmsandbox.errors import visible
 from pytest_vmsandbox.jail.mount_points import remove_abandoned_mount_points
-from pytest_vmsandbox.lease.layout import Leftover, leftover_of, look_at
+from pytest_vmsandbox.lease.layout import Leftover, look_at
 from pytest_vmsandbox.lease.reaper import reap
 
 # What is doubtful was left in place.
@@ -44,12 +44,9 @@ def run(arguments: argparse.Namespace) -> int:
 def _reap(base: Path) -> Answer:
     steps: list[str] = []
     leftovers = reap(base, report=steps.append).leftovers
-    try:
-        remove_abandoned_mount_points(base=base)
-    except TeardownRefused as refused:
-        leftovers.append(leftover_of(refused))
-    except OSError as error:  # in a base of somebody else
-        leftovers.append(Leftover(path=base, reason=str(error), inspect=look_at(base)))
+    # A base that was refused is not looked into any further.
+    if all(leftover.path != base for leftover in leftovers):
+        leftovers.extend(remove_abandoned_mount_points(base=base))
     return {"steps": steps, "left": [str(leftover) for leftover in leftovers]}
 
 

@@ -19,12 +19,18 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from pytest_vmsandbox.errors import RequestInvalid, TeardownRefused
-from pytest_vmsandbox.lease.run_directory import default_base, make_private
+from pytest_vmsandbox.deadline import Deadline
+from pytest_vmsandbox.errors import HostUnfit, RequestInvalid, TeardownRefused
+from pytest_vmsandbox.lease.layout import Leftover, leftover_of, look_at
+from pytest_vmsandbox.lease.locks import hold_directory_lock
+from pytest_vmsandbox.lease.run_directory import make_private
 from pytest_vmsandbox.linux import OwnedFd
 from pytest_vmsandbox.linux.openat2 import ResolveFlags, openat2
 
 REGISTER = "mount-points"
+
+# Under its lock some directories are made, or removed.
+_REGISTER_S = 30.0
 
 # A symbolic link is followed as it is from inside, one of /proc never.
 INSIDE = ResolveFlags.RESOLVE_IN_ROOT | ResolveFlags.RESOLVE_NO_MAGICLINKS
@@ -40,49 +46,77 @@ class MountPoint:
 
 
 @contextmanager
-def open_mount_points(points: Iterable[MountPoint], *, base: Path | None = None) -> Iterator[None]:
+def open_mount_points(points: Iterable[MountPoint], *, base: Path) -> Iterator[None]:
     """See that each mount point is there; what had to be made is gone afterwards.
 
     A way is followed as from inside its root: neither a symbolic link nor `..` leads outside.
     What was made is removed only while it is still the same, and empty. RequestInvalid, with
     nothing left, for one that can't be made, or that is a file where a directory must be;
-    TeardownRefused for one that can't be removed: all others are.
-    `base` is where the register lies, the base of run directories if None.
+    TeardownRefused for one that can't be removed: all others are. TimedOut where somebody stays
+    at the register: what was made is then left to whoever comes next. HostUnfit where `base`,
+    the base of run directories in which the register lies, is not ours alone.
     """
     wanted = tuple(points)
     if not wanted:
         yield
         return
-    held = ExitStack()
-    register = _Register(base or default_base())
+    held: list[_Held] = []
+    register = _Register(base)
     try:
         with register.locked():
             for point in wanted:
                 _hold(point, register=register, held=held)
         yield
     finally:
-        with register.locked():
-            held.close()
+        _let_go(held, register=register)
 
 
-def remove_abandoned_mount_points(*, base: Path | None = None) -> None:
+def remove_abandoned_mount_points(*, base: Path) -> list[Leftover]:
     """Remove what killed processes made and nobody uses, as they would have done themselves.
 
-    Raises TeardownRefused for one that can't be removed: all others are. What has been moved
-    away is left where it is.
+    Gives back what can't be removed, or `base` itself where its register can't be read, is not
+    ours alone, or is busy; raises nothing for it. What has been moved away is left where it is.
     """
-    base = base or default_base()
-    if not (base / REGISTER).is_dir():
-        return
-    register = _Register(base)
-    with register.locked(), ExitStack() as held:
-        for path in register.paths():
-            with suppress(OSError), ExitStack() as undo:
-                flags = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
-                above = undo.enter_context(OwnedFd(os.open(path.parent, flags | os.O_DIRECTORY)))
-                found = undo.enter_context(OwnedFd(os.open(path.name, flags, dir_fd=above)))
-                if register.has(os.fstat(found)):
-                    _keep(found, above, path.name, register=register, held=held)
+    try:
+        if not (base / REGISTER).is_dir():
+            return []
+        register = _Register(base)
+        with register.locked():
+            return _remove_abandoned(register)
+    except HostUnfit as error:
+        reason = f"its mount points: {error.need} is needed: {error.evidence}"
+    except OSError as error:  # TimedOut is one
+        reason = f"its mount points: {error}"
+    return [Leftover(path=base, reason=reason, inspect=look_at(base))]
+
+
+def _remove_abandoned(register: _Register) -> list[Leftover]:
+    """The same, with the register locked."""
+    held: list[_Held] = []
+    leftovers = []
+    for path in register.paths():
+        with suppress(OSError), ExitStack() as undo:
+            flags = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+            above = undo.enter_context(OwnedFd(os.open(path.parent, flags | os.O_DIRECTORY)))
+            found = undo.enter_context(OwnedFd(os.open(path.name, flags, dir_fd=above)))
+            if register.has(os.fstat(found)):
+                _keep(found, above, path.name, register=register, held=held)
+    for one in reversed(held):
+        try:
+            one.let_go()
+        except TeardownRefused as refused:
+            leftovers.append(leftover_of(refused))
+    return leftovers
+
+
+def _let_go(held: Iterable[_Held], *, register: _Register) -> None:
+    """Remove what nobody else uses, the last one first, and let go of all."""
+    with ExitStack() as undo:
+        for one in held:
+            undo.callback(one.close)
+        with register.locked(), ExitStack() as removing:
+            for one in held:
+                removing.callback(one.let_go)
 
 
 class _Register:
@@ -95,9 +129,12 @@ class _Register:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Alone among the processes of this user; not held while a command runs."""
-        with OwnedFd(os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY)) as directory:
-            fcntl.flock(directory, fcntl.LOCK_EX)
+        """Alone among the processes of this user; not held while a command runs.
+
+        TimedOut where another one stays at it.
+        """
+        deadline = Deadline.after(seconds=_REGISTER_S)
+        with hold_directory_lock(self._directory, deadline=deadline):
             yield
 
     def note(self, made: OwnedFd) -> None:
@@ -108,7 +145,11 @@ class _Register:
     def paths(self) -> list[Path]:
         """Where they were made, what lies above others first."""
         notes = [file.read_bytes().partition(b"\n") for file in self._directory.iterdir()]
-        return sorted(Path(os.fsdecode(path)) for _, _, path in notes if path.startswith(b"/"))
+        return sorted(
+            Path(os.fsdecode(path))
+            for _, _, path in notes
+            if path.startswith(b"/") and b"\0" not in path
+        )
 
     def forget(self, made: os.stat_result) -> None:
         self._file(made).unlink(missing_ok=True)
@@ -132,6 +173,11 @@ class _Held:
 
     def __init__(self, register: _Register, parent: OwnedFd, name: str, lock: OwnedFd) -> None:
         self._register, self._parent, self._name, self._lock = register, parent, name, lock
+
+    def close(self) -> None:
+        """Let go of it, and remove nothing; a second time does nothing."""
+        self._parent.close()
+        self._lock.close()
 
     def let_go(self) -> None:
         """Remove it if it was made by us and nobody else uses it."""
@@ -171,7 +217,7 @@ class _Held:
                 ) from error
 
 
-def _hold(point: MountPoint, *, register: _Register, held: ExitStack) -> None:
+def _hold(point: MountPoint, *, register: _Register, held: list[_Held]) -> None:
     """Hold each component that is ours, or the last; make what is missing."""
     with ExitStack() as undo:
         flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
@@ -224,7 +270,7 @@ def _find_or_make(
 
 
 def _keep(
-    found: OwnedFd, above: OwnedFd, name: str, *, register: _Register, held: ExitStack
+    found: OwnedFd, above: OwnedFd, name: str, *, register: _Register, held: list[_Held]
 ) -> None:
     """Lock what is behind `found`, which is called `name` in `above`, and note that in `held`."""
     if not stat.S_ISDIR(mode := os.fstat(found).st_mode) and not stat.S_ISREG(mode):
@@ -233,7 +279,7 @@ def _keep(
         lock = OwnedFd(os.open(f"/proc/self/fd/{found}", os.O_RDONLY | os.O_CLOEXEC))
     except PermissionError:
         return  # what sandboxes make can be read by all
-    held.callback(_Held(register, OwnedFd(os.dup(above)), name, lock).let_go)
+    held.append(_Held(register, OwnedFd(os.dup(above)), name, lock))
     with suppress(BlockingIOError):
         if register.has(seen := os.fstat(lock)):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

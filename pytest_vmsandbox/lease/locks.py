@@ -57,8 +57,17 @@ def hold_base_lock(base: Path) -> Iterator[None]:
 
     Raises TimedOut when somebody else stays at it.
     """
-    deadline = Deadline.after(seconds=_BASE_S)
-    folder = os.open(base, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    with hold_directory_lock(base, deadline=Deadline.after(seconds=_BASE_S)):
+        yield
+
+
+@contextmanager
+def hold_directory_lock(directory: Path, *, deadline: Deadline) -> Iterator[None]:
+    """Be the only process, and thread, that holds the lock of this directory.
+
+    Raises TimedOut when somebody else has it at the deadline, an OSError where it is none.
+    """
+    folder = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         while True:
             try:
@@ -66,7 +75,7 @@ def hold_base_lock(base: Path) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if deadline.passed:
-                    raise deadline.timed_out(f"the lock of {base}") from None
+                    raise deadline.timed_out(f"the lock of {directory}") from None
                 time.sleep(_POLL_S)
         yield
     finally:

@@ -7,20 +7,23 @@ import stat
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 
-from pytest_vmsandbox.errors import HostUnfit, RequestInvalid, TeardownRefused
+from pytest_vmsandbox.deadline import Deadline
+from pytest_vmsandbox.errors import HostUnfit, RequestInvalid, TeardownRefused, TimedOut
+from pytest_vmsandbox.jail import mount_points
 from pytest_vmsandbox.jail.mount_points import (
     REGISTER,
     MountPoint,
     open_mount_points,
     remove_abandoned_mount_points,
 )
-from tests.people import CHECKOUT
+from pytest_vmsandbox.lease.locks import hold_directory_lock
+from tests.people import CHECKOUT, Kind, Person
 
 
 @pytest.fixture
@@ -383,3 +386,116 @@ def test_no_descriptor_is_left(
         pytest.fail("it was accepted")
 
     assert open_descriptors() == before
+
+
+@contextmanager
+def busy(base: Path) -> Iterator[None]:
+    """Somebody holds the register's lock."""
+    with hold_directory_lock(base / REGISTER, deadline=Deadline.after(seconds=5)):
+        yield
+
+
+@pytest.fixture
+def impatient(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A register that is not waited for long."""
+    monkeypatch.setattr(mount_points, "_REGISTER_S", 0.05)
+    base.mkdir(mode=0o700)
+    (base / REGISTER).mkdir(mode=0o700)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_register_that_somebody_holds_is_given_up(root: Path, base: Path) -> None:
+    with (
+        busy(base),
+        pytest.raises(TimedOut, match=REGISTER),
+        open_mount_points([place(root, "/a")], base=base),
+    ):
+        pytest.fail("it was entered")
+
+    assert everything(root) == []
+
+
+@pytest.mark.usefixtures("impatient")
+def test_what_can_not_be_removed_in_time_is_left_to_the_next(
+    root: Path, base: Path, open_descriptors: Callable[[], list[str]]
+) -> None:
+    before = open_descriptors()
+    with (
+        ExitStack() as somebody,
+        pytest.raises(TimedOut),
+        open_mount_points([place(root, "/a/b")], base=base),
+    ):
+        somebody.enter_context(busy(base))
+    assert everything(root) == ["a", "a/b"]
+    assert open_descriptors() == before
+
+    assert remove_abandoned_mount_points(base=base) == []
+    assert everything(root) == []
+
+
+@pytest.mark.usefixtures("impatient")
+def test_who_looks_names_a_register_that_somebody_holds(base: Path) -> None:
+    with busy(base):
+        (leftover,) = remove_abandoned_mount_points(base=base)
+
+    assert leftover.path == base
+    assert "the lock of" in leftover.reason
+
+
+@pytest.mark.parametrize("made", ["written by others", "a link", "of somebody else"])
+def test_who_looks_names_a_register_that_is_not_ours(scratch: Path, made: str) -> None:
+    base = scratch / "foreign"
+    base.mkdir(mode=0o700)
+    (base / REGISTER).mkdir()
+    if made == "written by others":
+        base.chmod(0o777)
+    elif made == "a link":
+        (base / REGISTER).rename(base / "elsewhere")
+        (base / REGISTER).symlink_to("elsewhere")
+    elif os.getuid() != 0:
+        pytest.skip("giving files away needs root")
+    else:
+        os.chown(base, 12345, 12345)
+
+    (leftover,) = remove_abandoned_mount_points(base=base)
+
+    assert leftover.path == base
+    assert "its mount points" in leftover.reason
+    assert leftover.inspect
+
+
+def test_who_looks_may_not_look_into_the_base_of_another(
+    scratch: Path, people: Mapping[Kind, Person]
+) -> None:
+    base = scratch / "roots"
+    base.mkdir(mode=0o700)
+
+    answer = people[Kind.ORDINARY].python(
+        """
+import json, sys
+from pathlib import Path
+from pytest_vmsandbox.jail.mount_points import remove_abandoned_mount_points
+print(json.dumps([str(left) for left in remove_abandoned_mount_points(base=Path(sys.argv[1]))]))
+""",
+        base,
+    )
+
+    assert isinstance(answer, list)
+    (left,) = answer
+    assert "Permission denied" in left
+
+
+def test_who_looks_names_what_can_not_be_removed_and_removes_the_rest(
+    root: Path, base: Path
+) -> None:
+    if os.getuid() != 0:
+        pytest.skip("takes root: it mounts")
+    killed_user(root, base)
+    subprocess.run(["mount", "--bind", root / "f", root / "f"], check=True)
+    try:
+        (leftover,) = remove_abandoned_mount_points(base=base)
+    finally:
+        subprocess.run(["umount", root / "f"], check=True)
+
+    assert leftover.path == root / "f"
+    assert everything(root) == ["f"]

@@ -15,6 +15,7 @@ from pytest_vmsandbox.host.facts import Capability, Tier, Verdict, code_of
 from pytest_vmsandbox.host.platform import current_platform
 from pytest_vmsandbox.jail.sandbox.config import SandboxConfig
 from pytest_vmsandbox.jail.sandbox.run import Ended, run_in
+from pytest_vmsandbox.lease.run_directory import default_base
 from pytest_vmsandbox.linux import OwnedFd
 from pytest_vmsandbox.warden.client import open_warden
 
@@ -74,4 +75,4 @@ async def _run(config: SandboxConfig) -> Ended:
     # What the warden prints goes where nothing has to be removed, however we end.
     with OwnedFd(os.memfd_create("vmsandbox-warden")) as log:
         async with open_warden(tier, log=Path(f"/proc/self/fd/{log}")) as warden:
-            return await run_in(warden, config)
+            return await run_in(warden, config, base=default_base())

@@ -30,6 +30,7 @@ from pytest_vmsandbox.jail.sandbox import (
 from pytest_vmsandbox.jail.sandbox.apart import run_apart
 from pytest_vmsandbox.jail.sandbox.config import parse_config
 from pytest_vmsandbox.jail.sandbox.run import run_in
+from pytest_vmsandbox.lease.run_directory import default_base
 from pytest_vmsandbox.linux import read_mountinfo
 from pytest_vmsandbox.warden.client import open_warden
 from tests.children import no_child_is_left, remember_children
@@ -237,7 +238,12 @@ async def test_it_can_be_called_inside_a_running_loop() -> None:
 async def test_a_warden_that_runs_can_be_used_again(tmp_path: Path) -> None:
     async with open_warden(TIER, log=tmp_path / "log") as warden:
         ended = await asyncio.gather(
-            *(run_in(warden, parse_config(["sh", "-c", f"echo {n}; exit {n}"])) for n in range(9))
+            *(
+                run_in(
+                    warden, parse_config(["sh", "-c", f"echo {n}; exit {n}"]), base=default_base()
+                )
+                for n in range(9)
+            )
         )
 
     assert [(each.exit_code, each.out) for each in ended] == [
@@ -250,7 +256,7 @@ async def test_cancelling_ends_the_command(tmp_path: Path, scratch: Path) -> Non
     give_links(scratch)
     config = parse_config(["sleep", word], filesystem_root=scratch, extra_mounts=[USR])
     async with open_warden(TIER, log=tmp_path / "log") as warden:
-        task = asyncio.create_task(run_in(warden, config))
+        task = asyncio.create_task(run_in(warden, config, base=default_base()))
         await asyncio.to_thread(wait_until, lambda: bool(running(word)))
         meanwhile = names(scratch)
         task.cancel()
@@ -271,7 +277,7 @@ async def test_cancelled_at_any_moment_nothing_is_left(tmp_path: Path, scratch: 
     config = parse_config(["sleep", word], filesystem_root=scratch, extra_mounts=mounts)
     async with open_warden(TIER, log=tmp_path / "log") as warden:
         for _ in range(40):
-            task = asyncio.create_task(run_in(warden, config))
+            task = asyncio.create_task(run_in(warden, config, base=default_base()))
             await asyncio.sleep(moments.uniform(0, 0.05))
             task.cancel()
             with pytest.raises(asyncio.CancelledError):

@@ -1,0 +1,54 @@
+"""A context manager that may wait, for coroutines: entered and left in a thread of its own."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractContextManager, asynccontextmanager
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+@asynccontextmanager
+async def off_loop(manager: AbstractContextManager[T]) -> AsyncIterator[T]:
+    """Hold `manager` while the loop goes on; what was entered is left, come what may.
+
+    A cancellation waits until the entering, or the leaving, is through. `manager` is not told of
+    what was raised in the block.
+    """
+    entering = _start(manager.__enter__)
+    try:
+        value = await asyncio.shield(entering)
+    except asyncio.CancelledError:
+        await _wait(entering)
+        if entering.exception() is None:
+            await _to_its_end(_start(lambda: manager.__exit__(None, None, None)))
+        raise
+    try:
+        yield value
+    finally:
+        await _to_its_end(_start(lambda: manager.__exit__(None, None, None)))
+
+
+def _start(work: Callable[[], T]) -> asyncio.Task[T]:
+    return asyncio.create_task(asyncio.to_thread(work))
+
+
+async def _to_its_end(task: asyncio.Task[T]) -> T:
+    """What `task` returns or raises; a cancellation is passed on only once it is done."""
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await _wait(task)
+        task.result()
+        raise
+
+
+async def _wait(task: asyncio.Task[T]) -> None:
+    """Wait for its end, cancelled as often as may be: our caller raises the first one."""
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError:
+            continue
