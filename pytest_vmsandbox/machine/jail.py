@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
+from typing import Unpack
 
 from pytest_vmsandbox.host.facts import Tier
 from pytest_vmsandbox.host.tier import require_tier, require_walls
-from pytest_vmsandbox.jail.sandbox.config import (
-    CAPTURE,
-    ExtraMountForm,
-    PathLike,
-    Stream,
-    parse_config,
-)
+from pytest_vmsandbox.jail.sandbox.config import PathLike, SandboxParameters, parse_config
 from pytest_vmsandbox.machine.worker import Worker
 
 
@@ -32,37 +27,15 @@ class Jail:
         """Return where commands can run behind walls; HostUnfit in the tier bare."""
         require_walls(self._tier, self._worker.facts)
 
-    def run(  # noqa: PLR0913 - its parameters are fixed
-        self,
-        command: str | Sequence[PathLike],
-        *,
-        cwd: PathLike | None = None,
-        env: Mapping[str, str] | None = None,
-        filesystem_root: PathLike = "/",
-        filesystem_writable_paths: str | Iterable[PathLike] | None = "all",
-        mounts: str = "undefined",
-        extra_mounts: str | Iterable[ExtraMountForm] | None = None,
-        network: str = "undefined",
-        stdout: Stream = CAPTURE,
-        stderr: Stream = CAPTURE,
+    def run(
+        self, command: str | Sequence[PathLike], **parameters: Unpack[SandboxParameters]
     ) -> tuple[int, bytes | None, bytes | None]:
         """Run a command of this host behind walls: its exit status and its output.
 
-        As `jail.sandbox.run_sandbox`, in the worker's warden: as qemu-vm in the tier qemu-vm, as
-        ourselves in the others. HostUnfit in the tier bare.
+        As `jail.sandbox.run_sandbox`, with its parameters, in the worker's warden: as qemu-vm in
+        the tier qemu-vm, as ourselves in the others. HostUnfit in the tier bare.
         """
-        config = parse_config(
-            command,
-            cwd=cwd,
-            env=env,
-            filesystem_root=filesystem_root,
-            filesystem_writable_paths=filesystem_writable_paths,
-            mounts=mounts,
-            extra_mounts=extra_mounts,
-            network=network,
-            stdout=stdout,
-            stderr=stderr,
-        )
+        config = parse_config(command, **parameters)
         work = self._worker.run_behind_walls(config, tier=self._tier)
         ended = self._worker.engine.run(work)
         return ended.exit_code, ended.out, ended.err

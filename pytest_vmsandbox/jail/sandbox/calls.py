@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Unpack
 
 from pytest_vmsandbox.jail.sandbox.apart import run_with_own_warden
 from pytest_vmsandbox.jail.sandbox.config import (
@@ -11,6 +11,7 @@ from pytest_vmsandbox.jail.sandbox.config import (
     ExtraMountForm,
     PathLike,
     Stream,
+    Surroundings,
     parse_config,
 )
 
@@ -61,11 +62,11 @@ def run_sandbox_with_redirection(
     *,
     stdout: Stream = None,
     stderr: Stream = None,
-    **same: Any,
+    **surroundings: Unpack[Surroundings],
 ) -> int:
-    """Run a command as `run_sandbox` does and give only its exit status.
+    """Run a command as `run_sandbox` does, with its parameters, and give only its exit status.
 
     Its streams are ours unless they are led elsewhere; what is captured is thrown away.
     """
-    exit_code, _, _ = run_sandbox(command, stdout=stdout, stderr=stderr, **same)
+    exit_code, _, _ = run_sandbox(command, stdout=stdout, stderr=stderr, **surroundings)
     return exit_code

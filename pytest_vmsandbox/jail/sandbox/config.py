@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import PurePath
-from typing import IO, TypeAlias
+from typing import IO, TypeAlias, TypedDict, Unpack
 
 from pytest_vmsandbox.errors import RequestInvalid
 
@@ -33,8 +32,8 @@ EVERYTHING = ("/",)
 _NO_WORDS = (None, "none", "")
 
 
-class Walls(StrEnum):
-    """The two things that can be asked of a wall; where it always stands, both are the same."""
+class Isolation(StrEnum):
+    """What can be asked of the network, and of mounts, which are a command's own either way."""
 
     ISOLATED = "isolated"
     UNDEFINED = "undefined"
@@ -76,42 +75,70 @@ class SandboxConfig:
     env: Mapping[str, str]
     filesystem_root: str
     writable_paths: tuple[str, ...]
-    mounts: Walls
+    mounts: Isolation
     extra_mounts: tuple[ExtraMount, ...]
-    network: Walls
+    network: Isolation
     stdout: Stream
     stderr: Stream
 
 
-def parse_config(  # noqa: PLR0913 - the parameters of run_sandbox are fixed
-    command: str | Sequence[PathLike],
-    *,
-    cwd: PathLike | None = None,
-    env: Mapping[str, str] | None = None,
-    filesystem_root: PathLike = "/",
-    filesystem_writable_paths: str | Iterable[PathLike] | None = "all",
-    mounts: str = "undefined",
-    extra_mounts: str | Iterable[ExtraMountForm] | None = None,
-    network: str = "undefined",
-    stdout: Stream = CAPTURE,
-    stderr: Stream = CAPTURE,
+class Surroundings(TypedDict, total=False):
+    """What a command sees and has, its streams apart: by parameter of `run_sandbox`."""
+
+    cwd: PathLike | None
+    env: Mapping[str, str] | None
+    filesystem_root: PathLike
+    filesystem_writable_paths: str | Iterable[PathLike] | None
+    mounts: str
+    extra_mounts: str | Iterable[ExtraMountForm] | None
+    network: str
+
+
+class SandboxParameters(Surroundings, total=False):
+    """The keyword parameters of `run_sandbox`; one that is left out has its default there."""
+
+    stdout: Stream
+    stderr: Stream
+
+
+PARAMETERS = frozenset(SandboxParameters.__annotations__)
+
+_DEFAULTS: SandboxParameters = {
+    "cwd": None,
+    "env": None,
+    "filesystem_root": "/",
+    "filesystem_writable_paths": "all",
+    "mounts": "undefined",
+    "extra_mounts": None,
+    "network": "undefined",
+    "stdout": CAPTURE,
+    "stderr": CAPTURE,
+}
+
+
+def parse_config(
+    command: str | Sequence[PathLike], **parameters: Unpack[SandboxParameters]
 ) -> SandboxConfig:
-    """Read the parameters of `run_sandbox`; RequestInvalid names the first that can't be."""
+    """Read the parameters of `run_sandbox`; RequestInvalid names the first that can't be.
+
+    One that there is not is a TypeError, as in any call.
+    """
+    if unknown := sorted(set(parameters) - PARAMETERS):
+        raise TypeError(f"run_sandbox has no parameter {', '.join(unknown)}")
+    given: SandboxParameters = {**_DEFAULTS, **parameters}
+    cwd = given["cwd"]
     return SandboxConfig(
         argv=_parse_command(command),
         cwd="/" if cwd is None else path_inside("cwd", cwd),
-        env=_parse_env(env),
-        filesystem_root=_parse_root(filesystem_root),
-        writable_paths=_parse_writable_paths(filesystem_writable_paths),
-        mounts=_parse_walls("mounts", mounts),
-        extra_mounts=_parse_extra_mounts(extra_mounts),
-        network=_parse_walls("network", network),
-        stdout=_parse_stream("stdout", stdout),
-        stderr=_parse_stream("stderr", stderr),
+        env=_parse_env(given["env"]),
+        filesystem_root=_parse_root(given["filesystem_root"]),
+        writable_paths=_parse_writable_paths(given["filesystem_writable_paths"]),
+        mounts=_parse_isolation("mounts", given["mounts"]),
+        extra_mounts=_parse_extra_mounts(given["extra_mounts"]),
+        network=_parse_isolation("network", given["network"]),
+        stdout=_parse_stream("stdout", given["stdout"]),
+        stderr=_parse_stream("stderr", given["stderr"]),
     )
-
-
-PARAMETERS = frozenset(inspect.signature(parse_config).parameters) - {"command"}
 
 
 def path_inside(name: str, value: object) -> str:
@@ -227,10 +254,10 @@ def _mount_kind(form: object, kind: str, options: frozenset[str]) -> MountKind:
     )
 
 
-def _parse_walls(name: str, value: object) -> Walls:
-    if not isinstance(value, str) or value not in tuple(Walls):
-        raise RequestInvalid(f"{name}={value!r:.200} must be one of {', '.join(Walls)}")
-    return Walls(value)
+def _parse_isolation(name: str, value: object) -> Isolation:
+    if not isinstance(value, str) or value not in tuple(Isolation):
+        raise RequestInvalid(f"{name}={value!r:.200} must be one of {', '.join(Isolation)}")
+    return Isolation(value)
 
 
 def _parse_stream(name: str, value: Stream) -> Stream:

@@ -6,21 +6,19 @@ import asyncio
 import errno
 import os
 from collections.abc import Sequence
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack, ExitStack, suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from pytest_vmsandbox.jail.mount_points import open_mount_points
-from pytest_vmsandbox.jail.off_loop import off_loop
 from pytest_vmsandbox.jail.sandbox.config import (
     CAPTURE,
     DISCARD,
     STDOUT,
+    Isolation,
     SandboxConfig,
     Stream,
-    Walls,
 )
 from pytest_vmsandbox.jail.sandbox.lookup import devices_of, find_programs, require_paths
 from pytest_vmsandbox.jail.sandbox.plan import plan_sandbox, visible_mounts
@@ -45,13 +43,12 @@ class Ended:
     err: bytes | None
 
 
-async def run_in(warden: Warden, config: SandboxConfig, *, base: Path) -> Ended:
+async def run_in(warden: Warden, config: SandboxConfig) -> Ended:
     """Run the command of `config` to its end, as ourselves, behind walls of its own.
 
     Nothing of it is left whatever happens, cancellation included. As with `subprocess`,
     FileNotFoundError, PermissionError or another OSError is raised where the program can't be
-    started; RequestInvalid where a path of the configuration is not there. `base` is where the
-    mount points that had to be made are registered.
+    started; RequestInvalid where a path of the configuration is not there.
     """
     require_paths(config)
     programs = find_programs(config)
@@ -59,8 +56,7 @@ async def run_in(warden: Warden, config: SandboxConfig, *, base: Path) -> Ended:
     # the harmless devices. Others can open no more than outside.
     devices = devices_of(config.filesystem_root) if os.getuid() == 0 else None
     plan = plan_sandbox(config, mounts=visible_mounts(read_mountinfo()), devices=devices)
-    points = off_loop(open_mount_points(plan.mount_points, base=base))
-    async with points, AsyncExitStack() as streams:
+    with open_mount_points(plan.mount_points), ExitStack() as streams:
         null = streams.enter_context(OwnedFd(os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)))
         out = streams.enter_context(_Output(config.stdout, null=null, ours=1))
         to = out.write_end if config.stderr == STDOUT else config.stderr
@@ -84,7 +80,7 @@ def _order(config: SandboxConfig, steps: tuple[Step, ...]) -> Launch:
         env=config.env,
         cwd=config.cwd,
         steps=steps,
-        network=Network.ISOLATED if config.network is Walls.ISOLATED else Network.HOST,
+        network=Network.ISOLATED if config.network is Isolation.ISOLATED else Network.HOST,
         limits=Limits(),
         files=(),
         room=None,

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pytest_vmsandbox.errors import RequestInvalid
+from pytest_vmsandbox.jail.sandbox import run_sandbox
 from pytest_vmsandbox.jail.sandbox.config import (
     CAPTURE,
     DEFAULT_PATH,
@@ -52,6 +54,24 @@ def test_what_is_not_said_is_the_whole_host_writable_with_its_network_and_a_path
         stderr=CAPTURE,
     )
     assert (config.mounts, config.network) == ("undefined", "undefined")
+
+
+def test_what_is_not_said_is_what_run_sandbox_would_say() -> None:
+    stated: dict[str, Any] = {
+        name: parameter.default
+        for name, parameter in inspect.signature(run_sandbox).parameters.items()
+        if name != "command"
+    }
+
+    assert set(stated) == PARAMETERS
+    assert parse_config("true", **stated) == parse_config("true")
+
+
+def test_a_parameter_that_there_is_not_is_a_wrong_call() -> None:
+    misspelt: dict[str, Any] = {"netwrok": "isolated", "network": "isolated"}
+
+    with pytest.raises(TypeError, match=r"no parameter netwrok$"):
+        parse_config("true", **misspelt)
 
 
 def test_a_text_is_one_word_and_no_line_of_a_shell() -> None:

@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pytest_vmsandbox.jail.mount_points import MountPoint
 from pytest_vmsandbox.jail.sandbox.config import parse_config
 from pytest_vmsandbox.jail.sandbox.plan import (
     TMPFS_MIB,
-    MountPoint,
     SandboxPlan,
     plan_sandbox,
     visible_mounts,
