@@ -6,12 +6,14 @@ import asyncio
 import errno
 import os
 from collections.abc import Sequence
-from contextlib import AsyncExitStack, ExitStack, suppress
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from pytest_vmsandbox.jail.mount_points import open_mount_points
+from pytest_vmsandbox.jail.off_loop import off_loop
 from pytest_vmsandbox.jail.sandbox.config import (
     CAPTURE,
     DISCARD,
@@ -43,12 +45,13 @@ class Ended:
     err: bytes | None
 
 
-async def run_in(warden: Warden, config: SandboxConfig) -> Ended:
+async def run_in(warden: Warden, config: SandboxConfig, *, base: Path) -> Ended:
     """Run the command of `config` to its end, as ourselves, behind walls of its own.
 
     Nothing of it is left whatever happens, cancellation included. As with `subprocess`,
     FileNotFoundError, PermissionError or another OSError is raised where the program can't be
-    started; RequestInvalid where a path of the configuration is not there.
+    started; RequestInvalid where a path of the configuration is not there. `base` is where the
+    mount points that had to be made are registered.
     """
     require_paths(config)
     programs = find_programs(config)
@@ -56,7 +59,8 @@ async def run_in(warden: Warden, config: SandboxConfig) -> Ended:
     # the harmless devices. Others can open no more than outside.
     devices = devices_of(config.filesystem_root) if os.getuid() == 0 else None
     plan = plan_sandbox(config, mounts=visible_mounts(read_mountinfo()), devices=devices)
-    with open_mount_points(plan.mount_points), ExitStack() as streams:
+    points = off_loop(open_mount_points(plan.mount_points, base=base))
+    async with points, AsyncExitStack() as streams:
         null = streams.enter_context(OwnedFd(os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)))
         out = streams.enter_context(_Output(config.stdout, null=null, ours=1))
         to = out.write_end if config.stderr == STDOUT else config.stderr
