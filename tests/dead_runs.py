@@ -17,7 +17,7 @@ import os, subprocess, sys, time
 from contextlib import suppress
 from pathlib import Path
 from pytest_vmsandbox.host.facts import Tier
-from pytest_vmsandbox.lease.entries import CgroupEntry, DirectoryEntry, ProcessEntry, Role
+from pytest_vmsandbox.lease.entries import CgroupEntry, ProcessEntry, Role
 from pytest_vmsandbox.lease.run_directory import open_run_directory
 from pytest_vmsandbox.linux import MountFlags, ProcessIdentity, mount
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from pytest_vmsandbox.host.facts import Tier
+from pytest_vmsandbox.lease.fields import fields_of, number_of, seconds_of, text_of
 from pytest_vmsandbox.linux import ProcessIdentity
 
 CGROUP_PREFIX = "vmsandbox-"
@@ -57,23 +57,7 @@ class CgroupEntry:
         return f"control group {self.path}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DirectoryEntry:
-    """A directory elsewhere that carries our marker. Undo: teardown, mounts included.
-
-    The run directory itself, in which the ledger lies, needs no entry.
-    """
-
-    path: Path
-
-    def __post_init__(self) -> None:
-        _require_plain(self.path)
-
-    def __str__(self) -> str:
-        return f"directory {self.path}"
-
-
-Entry: TypeAlias = ProcessEntry | CgroupEntry | DirectoryEntry
+Entry: TypeAlias = ProcessEntry | CgroupEntry
 
 
 def entry_to_json(entry: Entry) -> dict[str, object]:
@@ -91,8 +75,6 @@ def entry_to_json(entry: Entry) -> dict[str, object]:
             }
         case CgroupEntry():
             return {"kind": "cgroup", "path": str(entry.path)}
-        case DirectoryEntry():
-            return {"kind": "directory", "path": str(entry.path)}
 
 
 def parse_entry(value: object) -> Entry:
@@ -103,8 +85,6 @@ def parse_entry(value: object) -> Entry:
             return _parse_process(value)
         case "cgroup":
             return CgroupEntry(path=Path(text_of(fields_of(value, "kind", "path")["path"])))
-        case "directory":
-            return DirectoryEntry(path=Path(text_of(fields_of(value, "kind", "path")["path"])))
     raise ValueError(f"no kind of entry: {kind!r}")
 
 
@@ -138,34 +118,6 @@ def parse_identity(value: object) -> ProcessIdentity:
     if not boot_id or not 1 <= pid < 1 << 31:
         raise ValueError(f"no process: {value!r}")
     return ProcessIdentity(boot_id=boot_id, pid=pid, start_ticks=number_of(fields["start_ticks"]))
-
-
-def fields_of(value: object, *names: str) -> dict[str, object]:
-    """A JSON object with exactly these fields; ValueError for anything else."""
-    if not isinstance(value, dict) or set(value) != set(names):
-        raise ValueError(f"not an object of {', '.join(names)}: {value!r}")
-    return value
-
-
-def text_of(value: object) -> str:
-    """A JSON string without a NUL."""
-    if not isinstance(value, str) or "\0" in value:
-        raise ValueError(f"no text: {value!r}")
-    return value
-
-
-def number_of(value: object) -> int:
-    """A whole JSON number that is not negative, and neither true nor false."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"no number: {value!r}")
-    return value
-
-
-def seconds_of(value: object) -> float:
-    """A finite JSON number, seconds."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"no seconds: {value!r}")
-    return float(value)
 
 
 def _require_plain(path: Path) -> None:

@@ -23,14 +23,11 @@ from pytest_vmsandbox.lease.entries import (
     Entry,
     ProcessEntry,
     entry_to_json,
-    fields_of,
     identity_to_json,
-    number_of,
     parse_entry,
     parse_identity,
-    seconds_of,
-    text_of,
 )
+from pytest_vmsandbox.lease.fields import fields_of, number_of, seconds_of, text_of
 from pytest_vmsandbox.linux import ProcessIdentity
 
 _FORMAT = 1

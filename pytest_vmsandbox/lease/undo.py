@@ -13,11 +13,10 @@ from pathlib import Path
 
 from pytest_vmsandbox.deadline import Deadline
 from pytest_vmsandbox.errors import TeardownRefused
-from pytest_vmsandbox.lease.entries import CgroupEntry, DirectoryEntry, Entry
+from pytest_vmsandbox.lease.entries import CgroupEntry, Entry
 from pytest_vmsandbox.lease.layout import Leftover, look_at
 from pytest_vmsandbox.lease.ledger import Account, own_pid_namespace
 from pytest_vmsandbox.lease.privilege import Privilege
-from pytest_vmsandbox.lease.teardown import tear_down
 from pytest_vmsandbox.linux import (
     ProcessIdentity,
     pidfd_send_signal,
@@ -78,9 +77,6 @@ def undo_entries(
 
 def _undo(entry: Entry, around: _Circumstances) -> str:
     """Undo one entry; says what was done."""
-    if isinstance(entry, DirectoryEntry):
-        tear_down(entry.path, privilege=around.privilege)
-        return "removed"
     if not around.same_boot:
         return "gone with the host's last boot"
     if isinstance(entry, CgroupEntry):

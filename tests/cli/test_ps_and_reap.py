@@ -178,7 +178,7 @@ def test_root_sees_and_reaps_what_another_user_left(base: Path, of_somebody: Per
 
 def test_root_is_not_led_to_what_the_user_may_not_touch(base: Path, of_somebody: Person) -> None:
     """By a ledger that names root's process and directory, and by links in place of folders."""
-    precious = base.with_name("precious")
+    precious = base.with_name("vmsandbox-precious")
     make_precious(precious)
     (precious / ".vmsandbox-run").touch()
     before = checksum(precious)
@@ -187,7 +187,7 @@ def test_root_is_not_led_to_what_the_user_may_not_touch(base: Path, of_somebody:
             base,
             f"""
 ledger.identify(ledger.record(vmm()), ProcessIdentity.of({of_root.pid}))
-ledger.record(DirectoryEntry(path=Path({str(precious)!r})))
+ledger.record(CgroupEntry(path=Path({str(precious)!r})))
 (machine / "link").symlink_to({str(precious)!r})
 (path.parent / "r00000000-gw0").symlink_to({str(precious)!r})
 """,
@@ -200,7 +200,7 @@ ledger.record(DirectoryEntry(path=Path({str(precious)!r})))
         assert of_root.poll() is None
         of_root.kill()
     assert "we may not kill it" in done.stderr
-    assert f"directory {precious}: neither it nor a folder of ours" in done.stderr
+    assert f"control group {precious}: it is in no cgroup file system" in done.stderr
     assert f"{base}/r00000000-gw0: it is not a directory of ours" in done.stderr
     assert run.is_dir()
     assert checksum(precious) == before

@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from pytest_vmsandbox.host.facts import Tier
 from pytest_vmsandbox.lease.entries import (
     CgroupEntry,
-    DirectoryEntry,
     Entry,
     ProcessEntry,
     Role,
@@ -40,7 +39,7 @@ VMM = ProcessEntry(
     role=Role.VMM, tier=Tier.BARE, machine_id="r0-gw0-m1", machine_name="vm1", since=2.0
 )
 CGROUP = CgroupEntry(path=Path("/sys/fs/cgroup/memory/vmsandbox-r0"))
-DIRECTORY = DirectoryEntry(path=Path("/tmp/elsewhere"))
+PIDS = CgroupEntry(path=Path("/sys/fs/cgroup/pids/vmsandbox-r0"))
 
 
 @pytest.fixture
@@ -75,14 +74,14 @@ def test_each_entry_is_there_when_record_returns_and_gone_when_it_is_struck_out(
     ledger: Ledger, path: Path
 ) -> None:
     numbers = []
-    entries: list[Entry] = [WARDEN, CGROUP, DIRECTORY, VMM]
+    entries: list[Entry] = [WARDEN, CGROUP, PIDS, VMM]
     for count, entry in enumerate(entries, start=1):
         numbers.append(ledger.record(entry))
         assert len(_entries(path)) == count
-    assert _entries(path) == [WARDEN, CGROUP, DIRECTORY, VMM]
+    assert _entries(path) == [WARDEN, CGROUP, PIDS, VMM]
 
     ledger.strike(numbers[1])
-    assert _entries(path) == [WARDEN, DIRECTORY, VMM]
+    assert _entries(path) == [WARDEN, PIDS, VMM]
     for number in (numbers[3], numbers[0], numbers[2]):
         ledger.strike(number)
     assert _entries(path) == []
@@ -116,7 +115,7 @@ def test_a_block_that_raises_leaves_its_entry_to_the_end_of_the_run(
 
 @pytest.mark.parametrize("name", ODD_NAMES, ids=ascii)
 def test_paths_come_back_as_they_were(ledger: Ledger, path: Path, name: str) -> None:
-    entry = DirectoryEntry(path=Path("/tmp", name))
+    entry = CgroupEntry(path=Path("/sys/fs/cgroup", f"vmsandbox-{name}"))
 
     ledger.record(entry)
 
@@ -153,8 +152,8 @@ def test_what_could_not_be_written_is_not_half_there(ledger: Ledger, path: Path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
-    ledger.record(DIRECTORY)
-    assert _entries(path) == [CGROUP, DIRECTORY]
+    ledger.record(PIDS)
+    assert _entries(path) == [CGROUP, PIDS]
 
 
 # Reading what a crash, a disk or a stranger made of it
@@ -165,7 +164,7 @@ def _full(path: Path) -> bytes:
     ledger.record(CGROUP)
     number = ledger.record(VMM)
     ledger.identify(number, ProcessIdentity.current())
-    ledger.record(DIRECTORY)
+    ledger.record(PIDS)
     ledger.strike(number)
     ledger.close()
     return path.read_bytes()
@@ -213,12 +212,15 @@ IDENTITY = {"boot_id": "b", "pid": 2, "start_ticks": 3}
         _lines_with({**RECORD, "more": 1}),
         _lines_with({"record": 1, "entry": {"kind": "house", "path": "/"}}),
         _lines_with({"record": 1, "entry": {"kind": ["process"]}}),
+        _lines_with({"record": 1, "entry": {"kind": "directory", "path": "/a"}}),
         _lines_with({"record": 1, "entry": {"kind": "cgroup", "path": "/sys/fs/cgroup/system"}}),
         _lines_with({"record": 1, "entry": {"kind": "cgroup", "path": "/a/../vmsandbox-1"}}),
         _lines_with({"record": 1, "entry": {"kind": "cgroup", "path": "vmsandbox-1"}}),
-        _lines_with({"record": 1, "entry": {"kind": "directory", "path": ""}}),
-        _lines_with({"record": 1, "entry": {"kind": "directory", "path": "/a\0b"}}),
-        _lines_with({"record": 1, "entry": {"kind": "directory", "path": "/a", "force": True}}),
+        _lines_with({"record": 1, "entry": {"kind": "cgroup", "path": ""}}),
+        _lines_with({"record": 1, "entry": {"kind": "cgroup", "path": "/vmsandbox-a\0b"}}),
+        _lines_with(
+            {"record": 1, "entry": {"kind": "cgroup", "path": "/vmsandbox-a", "force": True}}
+        ),
         _lines_with({"record": 1, "entry": {**entry_to_json(VMM), "tier": "moon"}}),
         _lines_with({"record": 1, "entry": {**entry_to_json(VMM), "role": "init"}}),
         _lines_with({"record": 1, "entry": {**entry_to_json(VMM), "since": "now"}}),
@@ -288,7 +290,7 @@ WHOLE = b"".join(
         RECORD,
         {**PROCESS, "record": 2},
         {"identify": 2, "identity": IDENTITY},
-        {"record": 3, "entry": entry_to_json(DIRECTORY)},
+        {"record": 3, "entry": entry_to_json(PIDS)},
         {"strike": 3},
     )
 )

@@ -139,7 +139,6 @@ ledger.identify(number, identity)
         "ledger.identify(ledger.record(vmm()), start('true'))",
         "ledger.strike(ledger.record(vmm()))",
         "ledger.record(CgroupEntry(path=Path('/sys/fs/cgroup/vmsandbox-never-made')))",
-        "ledger.record(DirectoryEntry(path=path.parent / 'never made'))",
         "os.write(ledger._descriptor, b'{\"record\": 1, ')",
         "path.rename(path.with_name('.dead-' + path.name))",
         "path = path.rename(path.with_name('.dead-' + path.name)); (path / 'ledger').unlink()",
@@ -150,7 +149,6 @@ ledger.identify(number, identity)
         "process that ended",
         "struck out",
         "between record and mkdir",
-        "between record and making a directory",
         "in the midst of a line",
         "renamed",
         "without its ledger",
@@ -334,16 +332,6 @@ def test_what_only_has_the_name_of_a_group_is_left(base: Path, tmp_path: Path) -
 
     assert "no cgroup file system" in _only_leftover(reap(base), run)
     assert folder.is_dir()
-
-
-def test_a_recorded_directory_goes_only_if_it_carries_our_mark(base: Path, tmp_path: Path) -> None:
-    before = make_precious(tmp_path / "precious")
-    run = leave_dead_run(
-        base, f"ledger.record(DirectoryEntry(path=Path({str(tmp_path / 'precious')!r})))"
-    )
-
-    assert "marker" in _only_leftover(reap(base), run)
-    assert checksum(tmp_path / "precious") == before
 
 
 def test_several_reapers_beside_a_live_run(base: Path, innocent: subprocess.Popen[bytes]) -> None:
