@@ -1,9 +1,14 @@
-"""The ledger: what a run has acquired and not yet released, on disk before it is acquired.
+"""The ledger: what a run has acquired and not yet released, written before it is acquired.
 
 A file of JSON lines to which only its run appends: a head, then one line for each thing that is
 recorded, identified (a process, once it has been started) or struck out. A line that a crash cut
 off was not acted upon, and is passed over; any other line that is not understood is damage, and
 from damage nobody concludes anything.
+
+A line is handed to the kernel, not to the disk. A process that is killed loses nothing that
+write(2) took, and a host that crashes takes the processes and control groups with it that the
+lines are about; the files that it leaves are the run directory itself. Only the head, which says
+whose they are, is awaited on the disk.
 """
 
 from __future__ import annotations
@@ -80,10 +85,10 @@ class Account:
 
 
 class Ledger:
-    """The ledger of a run that lives. Every method returns when the line is on disk.
+    """The ledger of a run that lives. Every method returns when the kernel has the line.
 
-    They may be called from any thread, and take what a write and fdatasync(2) take: a few
-    microseconds in a tmpfs. OSError when it can't be written; then nothing was recorded.
+    They may be called from any thread, and take what a write(2) takes: some microseconds on any
+    file system. OSError when it can't be written; then nothing was recorded.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -93,7 +98,7 @@ class Ledger:
 
     @classmethod
     def create(cls, path: Path, *, worker: str) -> Self:
-        """A new ledger of this process at `path`; raises OSError when there is one."""
+        """A new ledger of this process at `path`, its head on disk; OSError when there is one."""
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
         ledger = cls(os.open(path, flags, 0o600))
         try:
@@ -104,6 +109,7 @@ class Ledger:
                 since=time.time(),
             )
             ledger._append(head.to_json())
+            os.fdatasync(ledger._descriptor)
             _sync_directory(path.parent)
         except BaseException:
             ledger.close()
@@ -152,7 +158,6 @@ class Ledger:
             written = os.write(self._descriptor, line)
             if written != len(line):
                 raise OSError(f"the disk took {written} of {len(line)} bytes")
-            os.fdatasync(self._descriptor)
         except OSError:
             # Half a line may only ever be the last one.
             os.ftruncate(self._descriptor, size)

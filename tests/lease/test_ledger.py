@@ -1,4 +1,4 @@
-"""The ledger: on disk before anything is acquired, and never believed when it is damaged."""
+"""The ledger: written before anything is acquired, and never believed when it is damaged."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from pytest_vmsandbox.lease.entries import (
     entry_to_json,
     parse_entry,
 )
+from pytest_vmsandbox.lease.layout import LEDGER
 from pytest_vmsandbox.lease.ledger import (
     Account,
     Ledger,
@@ -32,6 +33,7 @@ from pytest_vmsandbox.lease.ledger import (
     read_ledger,
 )
 from pytest_vmsandbox.linux import ProcessIdentity
+from tests.dead_runs import leave_dead_run
 from tests.precious import ODD_NAMES
 
 WARDEN = ProcessEntry(role=Role.WARDEN, tier=Tier.SUDO, since=1.5)
@@ -154,6 +156,27 @@ def test_what_could_not_be_written_is_not_half_there(ledger: Ledger, path: Path)
 
     ledger.record(PIDS)
     assert _entries(path) == [CGROUP, PIDS]
+
+
+def test_only_the_head_waits_for_the_disk(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[bytes] = []
+    monkeypatch.setattr(os, "fdatasync", lambda _file: synced.append(path.read_bytes()))
+
+    ledger = Ledger.create(path, worker="gw0")
+    head = path.read_bytes()
+    ledger.identify(ledger.record(VMM), ProcessIdentity.current())
+    ledger.strike(ledger.record(CGROUP))
+    ledger.close()
+
+    assert synced == [head]
+
+
+def test_what_was_recorded_outlives_a_killed_process(base: Path) -> None:
+    path = leave_dead_run(base, "ledger.record(vmm()); ledger.record(vmm('vm2'))") / LEDGER
+
+    names = [entry.machine_name for entry in _entries(path) if isinstance(entry, ProcessEntry)]
+
+    assert names == ["vm1", "vm2"]
 
 
 # Reading what a crash, a disk or a stranger made of it
