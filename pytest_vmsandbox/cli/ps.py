@@ -13,7 +13,7 @@ from typing import TypedDict
 from pytest_vmsandbox.cli.runs import add_run_dir_argument, ask_each_base
 from pytest_vmsandbox.errors import visible
 from pytest_vmsandbox.lease.entries import Entry, ProcessEntry
-from pytest_vmsandbox.lease.layout import look_at
+from pytest_vmsandbox.lease.leftover import look_at
 from pytest_vmsandbox.lease.reaper import Run, Standing, survey
 
 

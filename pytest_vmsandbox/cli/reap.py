@@ -10,7 +10,7 @@ from typing import TypedDict
 from pytest_vmsandbox.cli.runs import add_run_dir_argument, ask_each_base
 from pytest_vmsandbox.errors import visible
 from pytest_vmsandbox.jail.mount_points import remove_abandoned_mount_points
-from pytest_vmsandbox.lease.layout import Leftover, look_at
+from pytest_vmsandbox.lease.leftover import Leftover, look_at
 from pytest_vmsandbox.lease.reaper import reap
 
 # What is doubtful was left in place.

@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath
 
 from pytest_vmsandbox.deadline import Deadline
 from pytest_vmsandbox.errors import HostUnfit, RequestInvalid, TeardownRefused
-from pytest_vmsandbox.lease.layout import Leftover, leftover_of, look_at
+from pytest_vmsandbox.lease.leftover import Leftover, leftover_of, look_at
 from pytest_vmsandbox.lease.locks import hold_directory_lock
 from pytest_vmsandbox.lease.run_directory import make_private
 from pytest_vmsandbox.linux import OwnedFd

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import re
-import shlex
-from dataclasses import dataclass
 from pathlib import Path
 
-from pytest_vmsandbox.errors import TeardownRefused
 from pytest_vmsandbox.host.run_directory import RUN_DIRECTORY_MARKER
 
 LOCK = "lock"
@@ -22,28 +19,6 @@ NAME = re.compile(r"r[0-9a-f]{8}-.+", re.DOTALL)
 LATE = (LEDGER, LOCK, RUN_DIRECTORY_MARKER)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Leftover:
-    """What was left in place: why, and a command to look at it."""
-
-    path: Path
-    reason: str
-    inspect: str
-
-    def __str__(self) -> str:
-        return f"{self.path}: {self.reason} (inspect: {self.inspect})"
-
-
-def leftover_of(refused: TeardownRefused) -> Leftover:
-    """What was left in place because its removal was refused."""
-    return Leftover(path=Path(refused.path), reason=refused.because, inspect=refused.inspect)
-
-
 def dead_name(path: Path) -> Path:
     """What `path` is called from the moment that its removal begins."""
     return path if path.name.startswith(DEAD) else path.with_name(DEAD + path.name)
-
-
-def look_at(path: Path, *, content: bool = False) -> str:
-    """The command that shows `path` itself, or what is in it."""
-    return f"ls -{'la' if content else 'ld'} -- {shlex.quote(str(path))}"

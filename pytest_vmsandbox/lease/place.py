@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pytest_vmsandbox.errors import TeardownRefused
 from pytest_vmsandbox.host.run_directory import RUN_DIRECTORY_MARKER
-from pytest_vmsandbox.lease.layout import look_at
+from pytest_vmsandbox.lease.leftover import look_at
 
 # An O_PATH descriptor names a thing without opening it: no device starts, nothing is mounted
 # automatically, and no permission but that to pass through its parents is asked for (open(2)).

@@ -18,8 +18,9 @@ from pathlib import Path
 
 from pytest_vmsandbox.errors import TeardownRefused, TimedOut
 from pytest_vmsandbox.host.run_directory import RUN_DIRECTORY_MARKER
-from pytest_vmsandbox.lease.layout import DEAD, LEDGER, LOCK, NAME, Leftover, leftover_of, look_at
+from pytest_vmsandbox.lease.layout import DEAD, LEDGER, LOCK, NAME
 from pytest_vmsandbox.lease.ledger import Account, read_ledger
+from pytest_vmsandbox.lease.leftover import Leftover, leftover_of, look_at
 from pytest_vmsandbox.lease.locks import hold_base_lock, hold_lock_of_the_dead
 from pytest_vmsandbox.lease.privilege import Privilege, best_privilege
 from pytest_vmsandbox.lease.teardown import require_nothing_mounted, tear_down

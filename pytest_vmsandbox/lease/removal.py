@@ -14,7 +14,8 @@ from pathlib import Path
 
 from pytest_vmsandbox.deadline import Deadline
 from pytest_vmsandbox.errors import TeardownRefused
-from pytest_vmsandbox.lease.layout import LATE, look_at
+from pytest_vmsandbox.lease.layout import LATE
+from pytest_vmsandbox.lease.leftover import look_at
 from pytest_vmsandbox.lease.place import O_PATH, Place, mount_id_of
 
 # Each level of the walk holds two descriptors; what lies deeper is first moved to the top.

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from pytest_vmsandbox.errors import HostUnfit, TeardownRefused
 from pytest_vmsandbox.host.run_directory import mark_run_directory
-from pytest_vmsandbox.lease.layout import LEDGER, Leftover, leftover_of
+from pytest_vmsandbox.lease.layout import LEDGER
 from pytest_vmsandbox.lease.ledger import Ledger
+from pytest_vmsandbox.lease.leftover import Leftover, leftover_of
 from pytest_vmsandbox.lease.locks import hold_base_lock, hold_lock_of_the_living
 from pytest_vmsandbox.lease.privilege import best_privilege
 from pytest_vmsandbox.lease.reaper import end_run, reap

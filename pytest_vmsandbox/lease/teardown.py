@@ -11,7 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from pytest_vmsandbox.errors import TeardownRefused
-from pytest_vmsandbox.lease.layout import dead_name, look_at
+from pytest_vmsandbox.lease.layout import dead_name
+from pytest_vmsandbox.lease.leftover import look_at
 from pytest_vmsandbox.lease.place import Place, clean_path, open_place
 from pytest_vmsandbox.lease.privilege import OwnPrivilege, Privilege
 from pytest_vmsandbox.linux import MountInfo, mounts_at_or_below, read_mountinfo

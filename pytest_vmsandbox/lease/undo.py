@@ -14,8 +14,8 @@ from pathlib import Path
 from pytest_vmsandbox.deadline import Deadline
 from pytest_vmsandbox.errors import TeardownRefused
 from pytest_vmsandbox.lease.entries import CgroupEntry, Entry
-from pytest_vmsandbox.lease.layout import Leftover, look_at
 from pytest_vmsandbox.lease.ledger import Account, own_pid_namespace
+from pytest_vmsandbox.lease.leftover import Leftover, look_at
 from pytest_vmsandbox.lease.privilege import Privilege
 from pytest_vmsandbox.linux import (
     ProcessIdentity,

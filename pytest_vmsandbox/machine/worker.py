@@ -26,7 +26,7 @@ from pytest_vmsandbox.image.progress import Progress, SilentProgress
 from pytest_vmsandbox.jail.mount_points import remove_abandoned_mount_points
 from pytest_vmsandbox.jail.sandbox.config import SandboxConfig
 from pytest_vmsandbox.jail.sandbox.run import Ended, run_in
-from pytest_vmsandbox.lease.layout import Leftover
+from pytest_vmsandbox.lease.leftover import Leftover
 from pytest_vmsandbox.lease.run_directory import (
     RunDirectory,
     default_base,
