@@ -18,7 +18,6 @@ import errno
 import fcntl
 import json
 import os
-import platform
 import re
 import shutil
 import signal
@@ -33,27 +32,16 @@ from pathlib import Path
 from typing import NoReturn
 
 # sched.h
-CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER = 0x00020000, 0x08000000, 0x10000000
-CLONE_NEWPID, CLONE_NEWNET = 0x20000000, 0x40000000
+CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWNET = 0x00020000, 0x10000000, 0x40000000
 
 # sys/mount.h
-MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT = 0x1, 0x2, 0x4, 0x20
-MS_BIND, MS_REC, MS_PRIVATE = 0x1000, 0x4000, 0x40000
-MNT_DETACH = 0x2
+MS_NOSUID, MS_NODEV, MS_REC, MS_PRIVATE = 0x2, 0x4, 0x4000, 0x40000
 
-# A bind's flags that a user namespace may not clear (mount_namespaces(7), "locked"), as statvfs
-# shows them and as mount(2) takes them.
-LOCKED_FLAGS = ((0x2, 0x2), (0x4, 0x4), (0x8, 0x8), (1024, 1024), (2048, 2048), (4096, 1 << 21))
-
-# linux/prctl.h, linux/rtnetlink.h, linux/if_link.h, linux/if_tun.h
-PR_SET_PDEATHSIG = 1
+# linux/rtnetlink.h, linux/if_link.h, linux/if_tun.h
 RTM_NEWLINK, NLM_F_REQUEST, NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL = 16, 0x1, 0x4, 0x400, 0x200
 NLMSG_ERROR, NETLINK_ROUTE = 2, 0
 IFLA_IFNAME, IFLA_LINKINFO, IFLA_INFO_KIND, IFF_UP = 3, 18, 1, 0x1
 TUNSETIFF, IFF_TAP, IFF_NO_PI = 0x400454CA, 0x2, 0x1000
-
-# glibc declares no pivot_root (pivot_root(2), "NOTES").
-SYS_PIVOT_ROOT = {"x86_64": 155, "s390x": 217}.get(platform.machine(), 41)
 
 INTERFACE = "vms-probe"
 TUN_DEVICE = "/dev/net/tun"
@@ -118,65 +106,6 @@ def try_user_namespaces() -> str:
     mount("tmpfs", EMPTIED, "tmpfs", MS_NOSUID | MS_NODEV, "size=64k")
     Path(EMPTIED, "proof").touch(exist_ok=False)
     return "unshared, mapped and mounted a tmpfs inside"
-
-
-def try_jail() -> NoReturn:
-    """Start as the warden does, and from there the smallest jail; look out of it."""
-    in_first_child(as_warden)
-
-
-def as_warden() -> NoReturn:
-    """Enter namespaces for one user, as the warden does for each VMM, whatever the tier."""
-    mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV)
-    enter_user_namespace(CLONE_NEWNS | CLONE_NEWPID | CLONE_NEWIPC | CLONE_NEWNET)
-    in_first_child(in_smallest_jail)
-
-
-def in_first_child(attempt: Callable[[], str]) -> NoReturn:
-    """Report from the first child, which is pid 1 of the new pid namespace."""
-    child = os.fork()
-    if child == 0:
-        check(libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL), "prctl(PR_SET_PDEATHSIG)")
-        report(attempt)
-    os.waitpid(child, 0)
-    os._exit(0)  # it has reported
-
-
-def in_smallest_jail() -> str:
-    """A tmpfs root with /usr in it, read-only, its own /proc, and nothing else of the host's."""
-    usr, old, proc = (f"{EMPTIED}/{name}" for name in ("usr", "old", "proc"))
-    mount("none", "/", "", MS_REC | MS_PRIVATE)
-    mount("tmpfs", EMPTIED, "tmpfs", MS_NOSUID | MS_NODEV, "size=64k")
-    for place in (usr, old, proc):
-        Path(place).mkdir()
-    mount("proc", proc, "proc", MS_NOSUID | MS_NODEV, "subset=pid")
-    mount("/usr", usr, "", MS_BIND | MS_REC)
-    mount("/usr", usr, "", MS_BIND | MS_REMOUNT | MS_RDONLY | locked_flags(usr))
-    pivoted = libc.syscall(SYS_PIVOT_ROOT, EMPTIED.encode(), old.encode())
-    check(pivoted, "pivot_root", EMPTIED)
-    os.chdir("/")
-    check(libc.umount2(b"/old", MNT_DETACH), "umount2", "/old")
-    shown = {str(path) for place in ("/", "/old") for path in Path(place).iterdir()}
-    if shown != {"/usr", "/old", "/proc"}:
-        raise Unusable(f"the jail shows other things than its own: {sorted(shown)}")
-    try:
-        # Refused before the name is looked up, where the mount is read-only; where it is not,
-        # this leaves no trace in the host's /usr.
-        Path("/usr/vmsandbox-probe-of-nothing").rmdir()
-    except FileNotFoundError as error:
-        raise Unusable("/usr was bound read-only and could be written") from error
-    except OSError as error:
-        if error.errno != errno.EROFS:
-            raise
-    if os.getpid() != 1:
-        raise Unusable(f"pid {os.getpid()} in a new pid namespace, not 1")
-    return "bound /usr read-only, pivoted, and saw nothing else, as pid 1"
-
-
-def locked_flags(path: str) -> int:
-    """The flags that a remount of this mount must repeat."""
-    shown = os.statvfs(path).f_flag
-    return sum(flag for seen, flag in LOCKED_FLAGS if shown & seen)
 
 
 def try_bridge() -> str:
@@ -363,7 +292,6 @@ def remove_cgroup(group: Path) -> None:
 # What can be tried, and the namespaces that it wants to be alone in.
 TRIES: dict[str, tuple[int, Callable[[], str]]] = {
     "user_namespaces": (CLONE_NEWNS, try_user_namespaces),
-    "jail": (CLONE_NEWNS | CLONE_NEWPID | CLONE_NEWIPC, try_jail),
     "bridge": (CLONE_NEWNET, try_bridge),
     "tap": (CLONE_NEWNET, try_tap),
     "nat": (CLONE_NEWNET, try_nat),

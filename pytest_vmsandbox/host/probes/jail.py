@@ -1,4 +1,4 @@
-"""Whether a jail can be built here: namespaces, a read-only bind, pivot_root."""
+"""Whether a jail can be built here: by the warden's own system calls, for the VMMs' user."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _REMEDY = "vmsandbox doctor shows which tier is nearest; in a container add --pr
 
 
 async def probe_jail(trial: Trial, *, tier: Tier) -> Fact:
-    """Build the smallest jail in the way of the tier, and look out of it."""
+    """Launch into the smallest jail in the way of the tier, and look out of it."""
     if not trial.platform.is_linux:
         return unsupported(Capability.JAIL, trial.platform)
     return await probe_within(trial, Capability.JAIL, tier=tier, remedy=_REMEDY)

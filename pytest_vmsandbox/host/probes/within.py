@@ -10,6 +10,7 @@ from pytest_vmsandbox.host.trial import Trial, failed
 from pytest_vmsandbox.host.way import render_start
 
 _INSIDE = Path(__file__).with_name("inside.py")
+_PROGRAMS = {Capability.JAIL: Path(__file__).with_name("inside_jail.py")}
 
 # The inside ends itself a little before we give up on it: behind sudo we may not kill it.
 _OWN_END = 0.9
@@ -18,12 +19,12 @@ _OWN_END = 0.9
 async def probe_within(
     trial: Trial, capability: Capability, *, tier: Tier, remedy: str, in_namespaces: bool = True
 ) -> Fact:
-    """Try the capability in the way of the tier; `inside.py` says how."""
+    """Try the capability in the way of the tier; a program beside this module says how."""
     seconds = f"{trial.deadline_s * _OWN_END:.3f}"
     through = ("userns",) if in_namespaces and tier in (Tier.QEMU_VM, Tier.USERNS) else ()
     outcome = await trial.run(
         render_start(tier, "-", capability.value, seconds, trial.search_path, *through),
-        stdin=_INSIDE.read_bytes(),
+        stdin=_PROGRAMS.get(capability, _INSIDE).read_bytes(),
     )
     if not outcome.ok:
         return failed(capability, outcome, remedy=remedy)
