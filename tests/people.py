@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 import pytest_vmsandbox
+from tests.removal import remove_as
 
 CHECKOUT = Path(pytest_vmsandbox.__file__).parents[1]
 
@@ -175,7 +176,8 @@ def person_named(name: str, *, kind: Kind) -> Person:
 def made_user(name: str) -> Iterator[None]:
     with user_database():
         run("useradd", "--user-group", "--no-create-home", "--shell", "/bin/sh", name)
-    run_directories = Path(f"/tmp/vmsandbox-{pwd.getpwnam(name).pw_uid}")
+    user = pwd.getpwnam(name)
+    run_directories = Path(f"/tmp/vmsandbox-{user.pw_uid}")
     try:
         yield
     finally:
@@ -183,7 +185,8 @@ def made_user(name: str) -> Iterator[None]:
             run("userdel", name)
             # While nobody can get the same uid: what they had for themselves goes with them.
             if run_directories.exists():
-                shutil.rmtree(run_directories)
+                stays = remove_as(user, run_directories)
+                assert not stays, stays
 
 
 @contextmanager

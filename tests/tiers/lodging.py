@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pytest_vmsandbox.image.image import Image
 from tests.people import as_user, made_qemu_vm, made_sudoers, made_user
+from tests.removal import remove_as
 
 # What a tier's user is given to start a warden with; {user} is the user's name.
 SUDO_RULES = {
@@ -27,7 +28,7 @@ _HANDED_ON = ("VMSANDBOX_SEED", "VMSANDBOX_MOMENTS")
 class Lodging:
     """Who runs a tier's tests, and where that one may write; `left` is what was found at the end.
 
-    `left` is filled, and everything in it removed, when the lodging is closed.
+    `left` is filled when the lodging is closed, and what is in it removed, but for what it says.
     """
 
     tier: str
@@ -76,8 +77,9 @@ def open_lodging(tier: str, *, image: Image, agents: Sequence[Path]) -> Iterator
             undo.enter_context(made_user(name))
         if rule := SUDO_RULES.get(tier):
             undo.enter_context(made_sudoers(name, [rule.format(user=name)]))
-        place = Path(undo.enter_context(tempfile.TemporaryDirectory(prefix="vmst-", dir="/tmp")))
+        place = Path(tempfile.mkdtemp(prefix="vmst-", dir="/tmp"))
         lodging = Lodging(tier=tier, user=name, place=place)
+        undo.callback(_remove, lodging, place)
         _furnish(lodging, image=image, agents=agents)
         if tier != "root":
             # A number is given out again: what another user had it for is not ours.
@@ -105,8 +107,8 @@ def _furnish(lodging: Lodging, *, image: Image, agents: Sequence[Path]) -> None:
 
 def _leave(lodging: Lodging, *, others: frozenset[Path]) -> None:
     """Note and remove what lies about."""
-    uid = pwd.getpwnam(lodging.user).pw_uid
-    base = Path(f"/tmp/vmsandbox-{uid}")  # the base of its run directories
+    user = pwd.getpwnam(lodging.user)
+    base = Path(f"/tmp/vmsandbox-{user.pw_uid}")  # the base of its run directories
     for path in _files_of(lodging):
         if path in others:
             continue
@@ -115,7 +117,12 @@ def _leave(lodging: Lodging, *, others: frozenset[Path]) -> None:
         else:
             runs = [run for run in path.iterdir() if run.name != "mount-points"]
             lodging.left.extend(map(str, [*runs, *(path / "mount-points").glob("*")]))
-        _remove(path)
+        _remove(lodging, path)
+
+
+def _remove(lodging: Lodging, path: Path) -> None:
+    if stays := remove_as(pwd.getpwnam(lodging.user), path):
+        lodging.left.append(f"{stays} (it is still there)")
 
 
 def _files_of(lodging: Lodging) -> list[Path]:
@@ -127,10 +134,3 @@ def _files_of(lodging: Lodging) -> list[Path]:
         for path in folder.iterdir()
         if not path.name.startswith("vmst-") and path.lstat().st_uid == uid
     ]
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
