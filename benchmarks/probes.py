@@ -10,7 +10,8 @@ from pathlib import Path
 from benchmarks.measurement import Measurement, Unit, alternate
 from benchmarks.setting import Setting
 from pytest_vmsandbox.host.survey import probe_host
-from pytest_vmsandbox.lease.run_directory import default_base, make_private
+from pytest_vmsandbox.lease.bases import default_base
+from pytest_vmsandbox.lease.run_directory import make_private
 
 
 def measure_probes(setting: Setting) -> Sequence[Measurement]:

@@ -17,7 +17,7 @@ from pytest_vmsandbox.host.survey import keep_kernels_word, probe_host, recall_h
 from pytest_vmsandbox.host.tier import STANDS_ON, missing_for
 from pytest_vmsandbox.image.cache import list_images
 from pytest_vmsandbox.image.image import Image
-from pytest_vmsandbox.lease.run_directory import default_base
+from pytest_vmsandbox.lease.bases import default_base
 
 # What any machine takes; the rest is asked for, or is not missed.
 ALWAYS_ASKED_FOR = (Capability.QEMU, Capability.IMAGE_BUILDER)

@@ -12,8 +12,7 @@ from typing import TypeVar
 from pytest_vmsandbox.deadline import Deadline
 from pytest_vmsandbox.errors import TimedOut
 from pytest_vmsandbox.lease.as_user import call_as_user
-from pytest_vmsandbox.lease.bases import bases_of_others, own_bases
-from pytest_vmsandbox.lease.run_directory import settled
+from pytest_vmsandbox.lease.bases import bases_of_others, own_bases, settled
 
 # For all that one other user has.
 _OTHER_USER_S = 60.0

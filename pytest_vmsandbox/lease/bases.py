@@ -6,12 +6,28 @@ import os
 import re
 from pathlib import Path
 
-from pytest_vmsandbox.lease.run_directory import default_base
-
 _SHARED_TEMPORARY = Path("/tmp")  # noqa: S108  # a base in it is looked at as its owner
 _RUNTIME = Path("/run/user")
 _BASE_OF = re.compile(r"vmsandbox-(?P<uid>0|[1-9][0-9]{0,9})", re.ASCII)
 _UID = re.compile(r"0|[1-9][0-9]{0,9}", re.ASCII)
+
+
+def default_base() -> Path:
+    """Where run directories go unless `--vm-run-dir` says otherwise: short, and only ours."""
+    if os.getuid() == 0:
+        return Path("/run/vmsandbox")
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    if runtime and os.access(runtime, os.W_OK) and Path(runtime).is_dir():
+        return Path(runtime) / "vmsandbox"
+    return _base_in_tmp(os.getuid())  # whose owner and mode are checked where it is made
+
+
+def settled(base: Path) -> Path:
+    """`base` as it is called everywhere from now on: absolute, and no link leads to it.
+
+    It may be one itself; whoever uses it refuses that.
+    """
+    return Path(os.path.realpath(base.absolute().parent), base.name)
 
 
 def own_bases() -> list[Path]:
@@ -19,6 +35,15 @@ def own_bases() -> list[Path]:
     uid = os.getuid()
     others = () if uid == 0 else (_RUNTIME / str(uid) / "vmsandbox", _base_in_tmp(uid))
     return list(dict.fromkeys((default_base(), *others)))
+
+
+def bases_to_reap(base: Path) -> list[Path]:
+    """What a run at `base`, which is settled, reaps: that, and if it is a default, the others too.
+
+    A run that had `--vm-run-dir` has nothing to do with them.
+    """
+    ours = [settled(each) for each in own_bases()]
+    return [base, *(each for each in ours if each != base)] if base in ours else [base]
 
 
 def bases_of_others() -> list[tuple[int, Path]]:

@@ -179,13 +179,18 @@ def _candidates(base: Path) -> list[Path]:
     others_write = seen.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
     if not stat.S_ISDIR(seen.st_mode) or seen.st_uid != os.geteuid() or others_write:
         raise TeardownRefused(str(base), "it is not a directory of ours alone", look_at(base))
-    return sorted(
-        path
-        for path in base.iterdir()
-        if path.name.startswith(DEAD)
-        or NAME.fullmatch(path.name)
-        or (not path.is_symlink() and _is_marked(path))
-    )
+    try:
+        return sorted(
+            path
+            for path in base.iterdir()
+            if path.name.startswith(DEAD)
+            or NAME.fullmatch(path.name)
+            or (not path.is_symlink() and _is_marked(path))
+        )
+    except FileNotFoundError:  # it went just now
+        return []
+    except OSError as error:
+        raise TeardownRefused(str(base), str(error.strerror), look_at(base)) from None
 
 
 def _is_marked(path: Path) -> bool:

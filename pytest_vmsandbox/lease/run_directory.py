@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pytest_vmsandbox.errors import HostUnfit, TeardownRefused
 from pytest_vmsandbox.host.run_directory import mark_run_directory
+from pytest_vmsandbox.lease.bases import bases_to_reap, settled
 from pytest_vmsandbox.lease.layout import LEDGER
 from pytest_vmsandbox.lease.ledger import Ledger
 from pytest_vmsandbox.lease.leftover import Leftover, leftover_of
@@ -44,28 +45,18 @@ class RunDirectory:
         return directory
 
 
-def default_base() -> Path:
-    """Where run directories go unless `--vm-run-dir` says otherwise: short, and only ours."""
-    if os.getuid() == 0:
-        return Path("/run/vmsandbox")
-    if runtime := os.environ.get("XDG_RUNTIME_DIR"):
-        candidate = Path(runtime)
-        if candidate.is_dir() and os.access(candidate, os.W_OK):
-            return candidate / "vmsandbox"
-    return Path(f"/tmp/vmsandbox-{os.getuid()}")  # noqa: S108  # owner and mode are checked below
-
-
 @contextmanager
 def open_run_directory(base: Path, *, worker: str) -> Iterator[RunDirectory]:
     """A fresh run directory below `base`, on the way out undone by its ledger and removed.
 
-    What dead runs of ours left below `base` is undone first. Raises HostUnfit when `base` is not
-    ours alone, is too long for a socket's path, or can't be made; TeardownRefused, on the way out,
-    when something had to be left, which is then in `leftovers` too.
+    What dead runs of ours left below `base`, or where else our runs lie by default, is undone
+    first. Raises HostUnfit when `base` is not ours alone, is too long for a socket's path, or
+    can't be made; TeardownRefused, on the way out, when something had to be left, which is then in
+    `leftovers` too.
     """
     base = settled(base)
     make_private(base)
-    reaped = reap(base)
+    found = [leftover for each in bases_to_reap(base) for leftover in reap(each).leftovers]
     identity = f"r{secrets.token_hex(4)}"
     path = base / f"{identity}-{worker}"
     with ExitStack() as held:
@@ -73,7 +64,7 @@ def open_run_directory(base: Path, *, worker: str) -> Iterator[RunDirectory]:
             id=identity,
             path=path,
             ledger=_begin(path, worker=worker, held=held),
-            leftovers=reaped.leftovers,
+            leftovers=found,
         )
         owner = os.getpid()
         try:
@@ -82,14 +73,6 @@ def open_run_directory(base: Path, *, worker: str) -> Iterator[RunDirectory]:
             # A process that was forked from ours may get here too; what is there is not its own.
             if os.getpid() == owner:
                 _end(directory)
-
-
-def settled(base: Path) -> Path:
-    """`base` as it is called everywhere from now on: absolute, and no link leads to it.
-
-    It may be one itself; whoever uses it refuses that.
-    """
-    return Path(os.path.realpath(base.absolute().parent), base.name)
 
 
 def _begin(path: Path, *, worker: str, held: ExitStack) -> Ledger:

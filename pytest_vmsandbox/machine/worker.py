@@ -26,10 +26,10 @@ from pytest_vmsandbox.image.progress import Progress, SilentProgress
 from pytest_vmsandbox.jail.mount_points import remove_abandoned_mount_points
 from pytest_vmsandbox.jail.sandbox.config import SandboxConfig
 from pytest_vmsandbox.jail.sandbox.run import Ended, run_in
+from pytest_vmsandbox.lease.bases import bases_to_reap, default_base, settled
 from pytest_vmsandbox.lease.leftover import Leftover
 from pytest_vmsandbox.lease.run_directory import (
     RunDirectory,
-    default_base,
     make_private,
     open_run_directory,
 )
@@ -94,7 +94,10 @@ class Worker:
         directory = self._acquired.enter_context(
             open_run_directory(self._base, worker=self.settings.id)
         )
-        directory.leftovers.extend(remove_abandoned_mount_points(base=self._base))
+        refused = {leftover.path for leftover in directory.leftovers}
+        for base in bases_to_reap(settled(self._base)):
+            if base not in refused:
+                directory.leftovers.extend(remove_abandoned_mount_points(base=base))
         return directory
 
     @property

@@ -27,7 +27,7 @@ from pytest_vmsandbox.host.remember import remember
 from pytest_vmsandbox.host.survey import recall_host
 from pytest_vmsandbox.host.trial import Trial, start_trial
 from pytest_vmsandbox.image.manifest import Manifest
-from pytest_vmsandbox.lease.run_directory import default_base
+from pytest_vmsandbox.lease.bases import default_base
 
 
 @pytest.fixture(autouse=True)

@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 
 from pytest_vmsandbox.lease import bases
-from pytest_vmsandbox.lease.bases import bases_of_others, own_bases
-from pytest_vmsandbox.lease.run_directory import default_base
+from pytest_vmsandbox.lease.bases import bases_of_others, default_base, own_bases
 from tests.people import CHECKOUT, Kind, Person
 
 # In a process of its own: pytest has threads, and this forks.

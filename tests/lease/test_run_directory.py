@@ -5,6 +5,8 @@ import stat
 import subprocess
 import sys
 import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,8 @@ from pytest_vmsandbox.lease.locks import hold_base_lock
 from pytest_vmsandbox.lease.reaper import Reaped, reap
 from pytest_vmsandbox.lease.run_directory import open_run_directory
 from pytest_vmsandbox.lease.teardown import tear_down
+from tests.dead_runs import leave_dead_run
+from tests.people import Kind, Person
 
 _LIVE_RUN = """
 import sys, time
@@ -301,3 +305,86 @@ def test_a_base_behind_a_link_is_called_by_its_real_name(base: Path) -> None:
         assert directory.path.parent == base / "below"
 
     assert list((base / "below").iterdir()) == []
+
+
+# Where our runs lie by default depends on how a session began
+
+_AT_THE_DEFAULT = """
+import json, os, sys
+from pathlib import Path
+from pytest_vmsandbox.lease import bases
+from pytest_vmsandbox.lease.run_directory import open_run_directory
+bases._RUNTIME, bases._SHARED_TEMPORARY = Path(sys.argv[1], "run"), Path(sys.argv[1], "tmp")
+given = sys.argv[2:3]
+if given == ["runtime"]:
+    os.environ["XDG_RUNTIME_DIR"] = str(bases._RUNTIME / str(os.getuid()))
+base = Path(given[0]) if given and given != ["runtime"] else bases.default_base()
+with open_run_directory(base, worker="main") as directory:
+    print(json.dumps([str(directory.path.parent), list(map(str, directory.leftovers))]))
+"""
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where an ordinary user's runs may lie: below /run/user, below /tmp, or as they say."""
+
+    someone: Person
+    root: Path
+    in_runtime: Path
+    in_tmp: Path
+
+    def run(self, *given: str | Path) -> tuple[str, list[str]]:
+        """The base of a run that begins now, and what it leaves in place."""
+        answer = self.someone.python(_AT_THE_DEFAULT, self.root, *given)
+        assert isinstance(answer, list)
+        base, left = answer
+        return base, left
+
+
+@pytest.fixture
+def places(scratch: Path, people: Mapping[Kind, Person]) -> Places:
+    someone = people[Kind.ORDINARY]
+    runtime, tmp = scratch / "run" / str(someone.uid), scratch / "tmp"
+    runtime.mkdir(parents=True, mode=0o700)
+    tmp.mkdir()
+    for folder in (scratch, runtime, tmp):
+        os.chown(folder, someone.uid, someone.gid)
+    return Places(
+        someone=someone,
+        root=scratch,
+        in_runtime=runtime / "vmsandbox",
+        in_tmp=tmp / f"vmsandbox-{someone.uid}",
+    )
+
+
+def test_a_run_reaps_also_where_another_session_would_have_begun(places: Places) -> None:
+    dead = leave_dead_run(places.in_runtime, prefix=places.someone.argv())
+    assert places.run() == (str(places.in_tmp), [])
+    assert not dead.exists()
+
+    dead = leave_dead_run(places.in_tmp, prefix=places.someone.argv())
+    assert places.run("runtime") == (str(places.in_runtime), [])
+    assert not dead.exists()
+
+
+def test_a_run_with_a_place_of_its_own_reaps_nowhere_else(places: Places) -> None:
+    dead = leave_dead_run(places.in_tmp, prefix=places.someone.argv())
+
+    assert places.run(places.root / "own") == (str(places.root / "own"), [])
+    assert dead.is_dir()
+
+
+@pytest.mark.parametrize("made", ["of root", "closed", "a link to nowhere", "a loop"])
+def test_a_run_begins_whatever_is_wrong_with_the_other_place(places: Places, made: str) -> None:
+    if made == "of root":
+        places.in_runtime.mkdir()
+    elif made == "closed":
+        places.in_runtime.mkdir(mode=0o000)
+        os.chown(places.in_runtime, places.someone.uid, places.someone.gid)
+    else:
+        places.in_runtime.symlink_to("vmsandbox" if made == "a loop" else "nowhere")
+
+    base, (left,) = places.run()
+
+    assert base == str(places.in_tmp)
+    assert left.startswith(f"{places.in_runtime}: ")

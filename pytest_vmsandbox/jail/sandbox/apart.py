@@ -15,7 +15,7 @@ from pytest_vmsandbox.host.facts import Capability, Tier, Verdict, code_of
 from pytest_vmsandbox.host.platform import current_platform
 from pytest_vmsandbox.jail.sandbox.config import SandboxConfig
 from pytest_vmsandbox.jail.sandbox.run import Ended, run_in
-from pytest_vmsandbox.lease.run_directory import default_base
+from pytest_vmsandbox.lease.bases import default_base
 from pytest_vmsandbox.linux import OwnedFd
 from pytest_vmsandbox.warden.client import open_warden
 

@@ -30,7 +30,7 @@ from pytest_vmsandbox.jail.sandbox import (
 from pytest_vmsandbox.jail.sandbox.apart import run_apart
 from pytest_vmsandbox.jail.sandbox.config import parse_config
 from pytest_vmsandbox.jail.sandbox.run import run_in
-from pytest_vmsandbox.lease.run_directory import default_base
+from pytest_vmsandbox.lease.bases import default_base
 from pytest_vmsandbox.linux import read_mountinfo
 from pytest_vmsandbox.warden.client import open_warden
 from tests.children import no_child_is_left, remember_children
