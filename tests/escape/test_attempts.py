@@ -7,7 +7,7 @@ import pytest
 from tests.escape.attempts import run
 from tests.escape.attempts.others import SECRET
 from tests.escape.attempts.table import ATTEMPTS
-from tests.escape.conftest import WALLED, Arena, Place
+from tests.escape.conftest import WALLED, Arena, Place, leave_untried
 
 # Those that are not left to the host, and do no harm where they succeed.
 PROVED = [name for name, one in ATTEMPTS.items() if not one.by_host and not one.unproved]
@@ -79,3 +79,15 @@ def test_the_table_is_long_enough() -> None:
     assert {one.subject for one in ATTEMPTS.values()} == {
         module.__name__.rpartition(".")[2] for module in run.SUBJECTS
     }
+
+
+def test_a_tier_that_is_left_out_has_a_code_and_fails_in_ci(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("CI", raising=False)
+    with pytest.raises(pytest.skip.Exception, match=r"^VMS-TEST-UNTRIED-QEMU-VM: no way$"):
+        leave_untried(Place.QEMU_VM, "no way")
+
+    monkeypatch.setenv("CI", "true")
+    with pytest.raises(pytest.fail.Exception, match=r"qemu-vm: no way$"):
+        leave_untried(Place.QEMU_VM, "no way")
