@@ -7,6 +7,7 @@ process that was forked from it and shares its descriptor.
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import time
 from collections.abc import Iterator
@@ -14,11 +15,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pytest_vmsandbox.deadline import Deadline
+from pytest_vmsandbox.lease.entries import identity_to_json, parse_identity
 from pytest_vmsandbox.lease.layout import LOCK
+from pytest_vmsandbox.linux import ProcessIdentity
 
 # Under a base's lock a run directory is made: some system calls, and the disk's time to sync.
 _BASE_S = 30.0
 _POLL_S = 0.002
+
+_LONGEST_NAME = 1024
 
 _LOCK_FILE = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -36,7 +41,7 @@ def hold_lock_of_the_living(path: Path) -> Iterator[None]:
 
 @contextmanager
 def hold_lock_of_the_dead(path: Path) -> Iterator[None]:
-    """Hold the lock that a dead run left.
+    """Hold the lock that a dead run left; our name stands in it meanwhile, for `named_holder`.
 
     Raises BlockingIOError when somebody holds it, FileNotFoundError when it is gone, or goes
     meanwhile: whoever held it has then removed the run directory.
@@ -46,9 +51,21 @@ def hold_lock_of_the_dead(path: Path) -> Iterator[None]:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not os.path.samestat(os.fstat(lock), (path / LOCK).lstat()):
             raise FileNotFoundError(f"{path / LOCK}: another one took its place")
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, json.dumps(identity_to_json(ProcessIdentity.current())).encode(), 0)
         yield
     finally:
         os.close(lock)
+
+
+def named_holder(path: Path) -> ProcessIdentity | None:
+    """Who held the lock of a dead run last, if anybody; they may have let go of it."""
+    lock = os.open(path / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(lock, "rb") as file:  # noqa: PTH123  # it is a descriptor
+        try:
+            return parse_identity(json.loads(file.read(_LONGEST_NAME)))
+        except (ValueError, RecursionError):  # nobody, or not yet
+            return None
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """The reaper: undoes what provably dead runs left below a base, and names what is in doubt.
 
 A run is dead when nobody holds its lock and its owner, by boot, pid and start time, is not among
-the living. Everything else is left in place. Several reapers, and runs that begin and end, may be
-at the same base at the same time.
+the living. It lives when its lock is held by its owner. Everything else is left in place. Several
+reapers, and runs that begin and end, may be at the same base at the same time.
 """
 
 from __future__ import annotations
@@ -10,21 +10,27 @@ from __future__ import annotations
 import os
 import shlex
 import stat
+import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
+from pytest_vmsandbox.deadline import Deadline
 from pytest_vmsandbox.errors import TeardownRefused, TimedOut
 from pytest_vmsandbox.host.run_directory import RUN_DIRECTORY_MARKER
 from pytest_vmsandbox.lease.layout import DEAD, LEDGER, LOCK, NAME
-from pytest_vmsandbox.lease.ledger import Account, read_ledger
+from pytest_vmsandbox.lease.ledger import Account, own_pid_namespace, read_ledger
 from pytest_vmsandbox.lease.leftover import Leftover, leftover_of, look_at
-from pytest_vmsandbox.lease.locks import hold_base_lock, hold_lock_of_the_dead
+from pytest_vmsandbox.lease.locks import hold_base_lock, hold_lock_of_the_dead, named_holder
 from pytest_vmsandbox.lease.privilege import Privilege, best_privilege
 from pytest_vmsandbox.lease.teardown import require_nothing_mounted, tear_down
 from pytest_vmsandbox.lease.undo import Report, undo_entries
+
+# Who takes a lock has written its name into it by then; who has just died has let go of it.
+_TAKING_S = 0.2
+_POLL_S = 0.01
 
 
 class Standing(StrEnum):
@@ -132,8 +138,13 @@ def _reap_one(path: Path, *, privilege: Privilege, report: Report) -> list[Lefto
 
 def _look(path: Path) -> Run:
     _require_ours(path)
-    if path.name.startswith(DEAD) or not _is_marked(path):
-        return Run(path=path, standing=Standing.DEAD, reason="its removal was interrupted")
+    if path.name.startswith(DEAD):
+        return Run(path=path, standing=Standing.DEAD, reason="its removal has begun")
+    if not _is_marked(path):
+        with hold_base_lock(path.parent), suppress(BlockingIOError):
+            _require_half_made(path)
+            reason = "its making, or its removal, was interrupted"
+            return Run(path=path, standing=Standing.DEAD, reason=reason)
     try:
         with _locked(path):
             account = _reliable_account(path)
@@ -145,17 +156,51 @@ def _look(path: Path) -> Run:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold the lock of a marked run directory; errors as of `hold_lock_of_the_dead`."""
+    """Hold the lock of a marked run directory.
+
+    Raises BlockingIOError where its owner or another reaper holds it, FileNotFoundError where the
+    run has just ended, TeardownRefused where its lock is missing, or held although its owner ended.
+    """
+    deadline = Deadline.after(seconds=_TAKING_S)
     with ExitStack() as held:
-        try:
-            held.enter_context(hold_lock_of_the_dead(path))
-        except FileNotFoundError:
-            if _is_marked(path):  # it is still there, so it did not just end
-                raise TeardownRefused(
-                    str(path), "its lock is missing", look_at(path, content=True)
-                ) from None
-            raise
+        while True:
+            try:
+                held.enter_context(hold_lock_of_the_dead(path))
+                break
+            except BlockingIOError:
+                _require_known_holder(path, deadline=deadline)
+                time.sleep(_POLL_S)
+            except FileNotFoundError:
+                if _is_marked(path):  # it is still there, so it did not just end
+                    raise TeardownRefused(
+                        str(path), "its lock is missing", look_at(path, content=True)
+                    ) from None
+                raise
         yield
+
+
+def _require_known_holder(path: Path, *, deadline: Deadline) -> None:
+    """Raise BlockingIOError where whoever holds its lock is its owner, or a reaper.
+
+    TeardownRefused at the deadline when it is neither: a process that was forked from the owner,
+    say, which has the lock from it. Returns before, for a lock that is let go, or was just taken.
+    """
+    head = _reliable_account(path).head
+    assert head is not None  # a reliable ledger has one
+    holder = named_holder(path)
+    # The pids of another namespace say nothing here.
+    if (
+        head.owner.is_alive()
+        or head.pid_namespace != own_pid_namespace()
+        or (holder and holder.is_alive())
+    ):
+        raise BlockingIOError(f"{path} is in use")
+    if deadline.passed:
+        raise TeardownRefused(
+            str(path),
+            f"its owner, pid {head.owner.pid}, is gone, but somebody still holds its lock",
+            f"fuser -v -- {shlex.quote(str(path / LOCK))}",
+        )
 
 
 def _finish_removal(path: Path, *, privilege: Privilege) -> None:
@@ -235,19 +280,26 @@ def _require_owner_dead(path: Path, account: Account) -> None:
 def _remove_unmarked(path: Path) -> None:
     """Remove what died between its mkdir and its mark, or between that and its rmdir."""
     with hold_base_lock(path.parent):  # nobody is making one now
-        if _is_marked(path):  # it was just being made, and lives
-            raise BlockingIOError(f"{path} is in use")
-        strange = {entry.name for entry in path.iterdir()} - {LOCK, LEDGER}
+        _require_half_made(path)
         require_nothing_mounted(path)  # it would be somebody else's file that we unlink
-        if strange:
-            raise TeardownRefused(
-                str(path),
-                f"it is named like a run directory and lacks our marker {RUN_DIRECTORY_MARKER}",
-                look_at(path, content=True),
-            )
         for name in (LEDGER, LOCK):
             (path / name).unlink(missing_ok=True)
         path.rmdir()
+
+
+def _require_half_made(path: Path) -> None:
+    """Raise BlockingIOError when it is marked by now; TeardownRefused when it is no run directory.
+
+    The base's lock is held: nobody is making one.
+    """
+    if _is_marked(path):
+        raise BlockingIOError(f"{path} is in use")
+    if {entry.name for entry in path.iterdir()} - {LOCK, LEDGER}:
+        raise TeardownRefused(
+            str(path),
+            f"it is named like a run directory and lacks our marker {RUN_DIRECTORY_MARKER}",
+            look_at(path, content=True),
+        )
 
 
 def _doubtful(path: Path, reason: str, inspect: str) -> Run:

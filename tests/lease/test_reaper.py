@@ -7,9 +7,11 @@ import os
 import shlex
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,8 @@ from pytest_vmsandbox.errors import TeardownRefused
 from pytest_vmsandbox.host.facts import Tier
 from pytest_vmsandbox.lease.entries import CgroupEntry, ProcessEntry, Role, identity_to_json
 from pytest_vmsandbox.lease.layout import LEDGER, LOCK
-from pytest_vmsandbox.lease.reaper import Reaped, Standing, reap, survey
+from pytest_vmsandbox.lease.locks import hold_base_lock, hold_lock_of_the_dead
+from pytest_vmsandbox.lease.reaper import Reaped, Run, Standing, reap, survey
 from pytest_vmsandbox.lease.run_directory import open_run_directory
 from pytest_vmsandbox.linux import (
     ProcessIdentity,
@@ -293,6 +296,104 @@ def test_what_is_in_doubt_is_left_and_listed_with_a_command_to_look_at_it(
     assert Path(f"/proc/{pid}").exists()
     os.kill(pid, 9)
     _ended(pid)
+
+
+def test_a_lock_that_a_daemon_of_the_dead_holds_is_in_doubt(base: Path) -> None:
+    run, (pid,) = leave_dead_run_with_pids(
+        base,
+        """
+links = Path("/proc/self/fd").iterdir()
+lock = next(int(link.name) for link in links if link.resolve() == path / "lock")
+nothing = subprocess.DEVNULL
+daemon = subprocess.Popen(SLEEP, pass_fds=[lock], stdout=nothing, stderr=nothing)
+print(daemon.pid, flush=True)
+""",
+    )
+
+    (seen,) = survey(base)
+    done = reap(base)
+
+    assert seen.standing is Standing.DOUBTFUL
+    assert "is gone, but somebody still holds its lock" in seen.reason
+    assert seen.inspect == f"fuser -v -- {run / LOCK}"
+    assert _only_leftover(done, run) == seen.reason
+    os.kill(pid, 9)
+    _ended(pid)
+    assert reap(base).removed == [run]
+
+
+def test_a_lock_that_a_reaper_holds_is_in_use(base: Path) -> None:
+    run = leave_dead_run(base)
+
+    with hold_lock_of_the_dead(run):
+        assert survey(base)[0].standing is Standing.ALIVE
+        assert reap(base) == Reaped()
+    assert reap(base).removed == [run]
+
+
+def test_an_owner_in_another_pid_namespace_may_hold_its_lock(base: Path) -> None:
+    with open_run_directory(base, worker="main") as directory:
+        whole = (directory.path / LEDGER).read_text()
+        own = Path("/proc/self/ns/pid").stat().st_ino
+        rewrite_ledger(directory.path, (f'"pid_namespace": {own}', '"pid_namespace": 1'))
+        _give_ledger_to(directory.path, replace(ProcessIdentity.current(), start_ticks=1))
+
+        assert survey(base)[0].standing is Standing.ALIVE
+        assert reap(base) == Reaped()
+        (directory.path / LEDGER).write_text(whole)
+
+
+def test_one_that_is_being_made_is_not_dead(base: Path) -> None:
+    base.mkdir(mode=0o700)
+    path = base / "r00000000-gw0"
+    answers: list[list[Run]] = []
+    looking = threading.Thread(target=lambda: answers.append(survey(base)))
+
+    with hold_base_lock(base):
+        path.mkdir(mode=0o700)
+        looking.start()
+        time.sleep(0.1)  # so that it would have answered
+        assert answers == []
+        path.rmdir()
+    looking.join()
+
+    assert answers == [[]]
+
+
+def test_a_half_made_one_is_dead_and_a_strange_one_in_doubt(base: Path) -> None:
+    base.mkdir(mode=0o700)
+    half, strange = base / "r00000000-gw0", base / "r00000001-gw0"
+    half.mkdir()
+    (half / LOCK).touch()
+    strange.mkdir()
+    (strange / "precious").touch()
+
+    first, second = survey(base)
+    done = reap(base)
+
+    assert (first.standing, second.standing) == (Standing.DEAD, Standing.DOUBTFUL)
+    assert "interrupted" in first.reason
+    assert done.removed == [half]
+    assert [left.reason for left in done.leftovers] == [second.reason]
+
+
+@pytest.mark.parametrize("mode", [0o000, 0o300, 0o600])
+def test_a_base_of_ours_that_we_may_not_enter_is_in_doubt(
+    base: Path, people: Mapping[Kind, Person], mode: int
+) -> None:
+    someone = people[Kind.ORDINARY]
+    with _base_of(someone, base):
+        (base / "file").touch()
+        run = leave_dead_run(base, prefix=someone.argv())
+        base.chmod(mode)
+        answer = someone.python(_REAP, base)
+        base.chmod(0o700)
+
+    assert isinstance(answer, dict)
+    assert answer["removed"] == []
+    ((_path, reason),) = answer["left"]
+    assert "Permission denied" in reason
+    assert run.is_dir()
 
 
 def test_one_that_is_in_doubt_keeps_no_other_from_going(base: Path) -> None:
