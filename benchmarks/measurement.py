@@ -14,6 +14,7 @@ class Unit(StrEnum):
     SECONDS = "s"
     MILLISECONDS = "ms"
     MEGABYTES_PER_SECOND = "MB/s"
+    TIMES = "times"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

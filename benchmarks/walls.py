@@ -312,7 +312,8 @@ def _compare(
     how: str,
     peer: str,
 ) -> Iterator[Measurement]:
-    """Both sides, and the pairs' differences: what the walls add."""
+    """Both sides, and of each pair how many times as long it takes with walls, and how much."""
+    pairs = tuple(zip(ours, theirs, strict=True))
     yield Measurement(
         benchmark=_BENCHMARK,
         what=what,
@@ -324,8 +325,15 @@ def _compare(
     )
     yield Measurement(
         benchmark=_BENCHMARK,
+        what=f"walls / bare ({what})",
+        unit=Unit.TIMES,
+        values=tuple(our / their for our, their in pairs),
+        how=f"quotients of pairs; of the medians: {median(ours) / median(theirs):.3g}",
+    )
+    yield Measurement(
+        benchmark=_BENCHMARK,
         what=f"what the walls add to it ({what})",
         unit=unit,
-        values=tuple(our - their for our, their in zip(ours, theirs, strict=True)),
+        values=tuple(our - their for our, their in pairs),
         how=f"differences of pairs; of the medians: {median(ours) - median(theirs):.3g} {unit}",
     )

@@ -65,8 +65,11 @@ def test_the_walls_are_measured_beside_none_where_there_are_any(
     assert named[f"start of a warden, tier {vm_host.tier}"]["values"]
     for what in ("launch of QEMU -M none", "boot to first answer", "teardown"):
         both, added = named[what], named[f"what the walls add to it ({what})"]
-        pairs = zip(both["values"], both["peer_values"], strict=True)
+        pairs = list(zip(both["values"], both["peer_values"], strict=True))
         assert added["values"] == [ours - theirs for ours, theirs in pairs]
+        assert named[f"walls / bare ({what})"]["values"] == [
+            ours / theirs for ours, theirs in pairs
+        ]
 
 
 @pytest.mark.parametrize("arguments", [["nonsense"], ["import", "--rounds", "0"]])
