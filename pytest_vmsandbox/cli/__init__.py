@@ -8,12 +8,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from pytest_vmsandbox.cli.exit_status import INTERRUPTED, UNFIT
 from pytest_vmsandbox.errors import VmSandboxError
-
-# Exit statuses beside those of the subcommands, as shells use them.
-USAGE = 2
-UNFIT = 125
-INTERRUPTED = 130
 
 COMMANDS = {
     "doctor": "what this host can do, with evidence and remedies",

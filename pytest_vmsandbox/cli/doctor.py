@@ -11,7 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pytest_vmsandbox.cli.common import add_cache_argument, cache_of
+from pytest_vmsandbox.cli.arguments import add_cache_argument, cache_of
+from pytest_vmsandbox.cli.exit_status import USAGE
 from pytest_vmsandbox.host.facts import Capability, Fact, HostFacts, Tier, Verdict
 from pytest_vmsandbox.host.survey import keep_kernels_word, probe_host, recall_host, settle_kvm
 from pytest_vmsandbox.host.tier import STANDS_ON, missing_for
@@ -63,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
         asked_for = _asked_for(arguments) if arguments.strict else ()
     except argparse.ArgumentTypeError as error:
         sys.stderr.write(f"vmsandbox doctor: {_REQUIRE} in the environment: {error}\n")
-        return 2
+        return USAGE
     facts = asyncio.run(examine(cache_dir=cache_of(arguments), run_dir=default_base()))
     text = json.dumps(to_report(facts), indent=1) if arguments.json else render(facts)
     sys.stdout.write(f"{text}\n")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from pytest_vmsandbox.cli.common import add_cache_argument, cache_of
+from pytest_vmsandbox.cli.arguments import add_cache_argument, cache_of
 from pytest_vmsandbox.cli.progress import RichProgress
 from pytest_vmsandbox.errors import RequestInvalid
 from pytest_vmsandbox.guest.compiler import agent_binary

@@ -9,14 +9,10 @@ import sys
 import threading
 from contextlib import suppress
 
-from pytest_vmsandbox.cli.common import (
-    OUTPUT_CLOSED,
-    OutputClosedError,
-    add_machine_arguments,
-    open_machine,
-    report_not_started,
-    write_all,
-)
+from pytest_vmsandbox.cli.arguments import add_machine_arguments
+from pytest_vmsandbox.cli.exit_status import NOT_EXECUTABLE, NOT_FOUND, OUTPUT_CLOSED
+from pytest_vmsandbox.cli.machine import open_machine
+from pytest_vmsandbox.cli.output import OutputClosedError, write_all
 from pytest_vmsandbox.errors import RequestInvalid, VmSandboxError
 from pytest_vmsandbox.guest.streams import ReadStream, WriteStream
 from pytest_vmsandbox.machine.controller import MachineController
@@ -54,7 +50,7 @@ async def _attached(controller: MachineController, command: list[str]) -> int:
     except VmSandboxError:  # some are OSErrors too
         raise
     except OSError as error:
-        return report_not_started(error)
+        return _report_not_started(error)
     feeding = asyncio.create_task(_feed(process.stdin))
     try:
         await asyncio.gather(
@@ -63,6 +59,12 @@ async def _attached(controller: MachineController, command: list[str]) -> int:
         return await process.wait()
     finally:
         feeding.cancel()
+
+
+def _report_not_started(error: OSError) -> int:
+    """Say why it could not be started in the guest; returns our exit status for it."""
+    sys.stderr.write(f"vmsandbox: {error}\n")
+    return NOT_FOUND if isinstance(error, FileNotFoundError) else NOT_EXECUTABLE
 
 
 async def _copy(source: ReadStream | None, target: int) -> None:

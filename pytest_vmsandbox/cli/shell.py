@@ -12,13 +12,10 @@ import tty
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from pytest_vmsandbox.cli.common import (
-    OUTPUT_CLOSED,
-    OutputClosedError,
-    add_machine_arguments,
-    open_machine,
-    write_all,
-)
+from pytest_vmsandbox.cli.arguments import add_machine_arguments
+from pytest_vmsandbox.cli.exit_status import OUTPUT_CLOSED
+from pytest_vmsandbox.cli.machine import open_machine
+from pytest_vmsandbox.cli.output import OutputClosedError, write_all
 from pytest_vmsandbox.errors import RequestInvalid
 from pytest_vmsandbox.guest.process import GuestProcess
 from pytest_vmsandbox.machine.controller import MachineController

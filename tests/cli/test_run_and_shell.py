@@ -8,12 +8,13 @@ import pty
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from platformdirs import user_cache_path
 
-from pytest_vmsandbox.cli.common import cache_of
+from pytest_vmsandbox.cli.arguments import cache_of, run_dir_of, tier_of
 from pytest_vmsandbox.plugin.options import OPTIONS
 
 VMSANDBOX = [sys.executable, "-m", "pytest_vmsandbox.cli"]
@@ -104,21 +105,69 @@ def test_a_stdin_that_can_not_be_read_is_refused_before_anything_boots(tmp_path:
     assert b"Bad file descriptor" in done.stderr
 
 
-@pytest.mark.parametrize("argument", [None, "given"])
-@pytest.mark.parametrize("variable", ["", "named"])
-def test_images_are_kept_where_pytest_looks_for_them(
+@pytest.mark.parametrize("argument", [None, "sudo"])
+@pytest.mark.parametrize("variable", ["", "bare"])
+@pytest.mark.parametrize(
+    ("name", "read", "default"),
+    [
+        ("cache_dir", cache_of, user_cache_path("vmsandbox")),
+        ("run_dir", run_dir_of, None),
+        ("tier", tier_of, None),
+    ],
+)
+def test_the_environment_is_read_as_pytest_reads_it(
+    name: str,
+    read: Callable[[argparse.Namespace], object],
+    default: Path | None,
     argument: str | None,
     variable: str,
     pytestconfig: pytest.Config,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("VMSANDBOX_CACHE_DIR", variable)
-    monkeypatch.setattr(pytestconfig.option, "vm_cache_dir", argument)
-    (option,) = (option for option in OPTIONS if option.name == "vm_cache_dir")
-    theirs = option.read(pytestconfig) or user_cache_path("vmsandbox")
+    monkeypatch.setenv(f"VMSANDBOX_{name.upper()}", variable)
+    monkeypatch.setattr(pytestconfig.option, f"vm_{name}", argument)
+    (option,) = (option for option in OPTIONS if option.name == f"vm_{name}")
+    given = argument if name == "tier" or argument is None else Path(argument)
 
-    given = Path(argument) if argument else None
-    assert cache_of(argparse.Namespace(cache_dir=given)) == theirs
+    assert read(argparse.Namespace(**{name: given})) == (option.read(pytestconfig) or default)
+
+
+@pytest.mark.machine
+@pytest.mark.parametrize("by", ["argument", "environment"])
+def test_a_machine_lies_where_it_is_told(scratch: Path, by: str) -> None:
+    base = scratch / "b"
+    words, environment = (["--run-dir", str(base)], {}) if by == "argument" else ([], _at(base))
+    with subprocess.Popen(
+        [*VMSANDBOX, "run", *words, "--", "cat"],
+        env={**os.environ, **environment},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as run:
+        assert run.stdin is not None
+        assert run.stdout is not None
+        run.stdin.write(b"up\n")
+        run.stdin.flush()
+        assert run.stdout.readline() == b"up\n"
+        seen = [path.name for path in base.iterdir() if path.name.endswith("-cli")]
+    assert run.returncode == 0
+    assert len(seen) == 1
+
+
+def _at(base: Path) -> dict[str, str]:
+    return {"VMSANDBOX_RUN_DIR": str(base)}
+
+
+def test_a_tier_of_the_environment_is_demanded() -> None:
+    done = subprocess.run(
+        [*VMSANDBOX, "run", "--", "true"],
+        env={**os.environ, "VMSANDBOX_TIER": "moon"},
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+
+    assert done.returncode == 125
+    assert b"tier='moon'" in done.stderr
 
 
 def test_an_error_of_the_host_is_125(tmp_path: Path) -> None:
