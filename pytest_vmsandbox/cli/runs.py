@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
+from pytest_vmsandbox.cli.arguments import run_dir_of
 from pytest_vmsandbox.deadline import Deadline
-from pytest_vmsandbox.errors import TimedOut
+from pytest_vmsandbox.errors import RequestInvalid, VmSandboxError
 from pytest_vmsandbox.lease.as_user import call_as_user
 from pytest_vmsandbox.lease.bases import bases_of_others, own_bases, settled
 
@@ -38,21 +39,26 @@ def ask_each_base(
 ) -> Iterator[Answer]:
     """What `look` says of each base; it is called in its owner's place where we are root.
 
-    Its answers can be written as JSON. `failed` makes one where that user could not be asked.
+    Its answers can be written as JSON. `failed` makes one where it could not be looked at: the
+    others are. RequestInvalid where the base that was asked for can't be one.
     """
-    given = arguments.run_dir or os.environ.get("VMSANDBOX_RUN_DIR")
-    asked = _given(Path(given)) if given else [*_ours(), *_others()]
-    for uid, base in asked:
-        if uid == os.geteuid():
-            yield look(settled(base))
-            continue
+    given = run_dir_of(arguments)
+    for uid, base in _given(given) if given else [*_ours(), *_others()]:
         try:
-            deadline = Deadline.after(seconds=_OTHER_USER_S)
-            text = call_as_user(uid, lambda: json.dumps(look(settled(base))), deadline=deadline)  # noqa: B023  # called at once
-            answer: Answer = json.loads(text)
-        except (OSError, TimedOut) as error:
+            answer = _ask(uid, settled(base), look)
+        except (OSError, VmSandboxError) as error:
             answer = failed(base, str(error))
         yield answer
+
+
+def _ask(uid: int, base: Path, look: Callable[[Path], Answer]) -> Answer:
+    if uid == os.geteuid():
+        return look(base)
+    deadline = Deadline.after(seconds=_OTHER_USER_S)
+    answer: Answer = json.loads(
+        call_as_user(uid, lambda: json.dumps(look(base)), deadline=deadline)
+    )
+    return answer
 
 
 def _given(base: Path) -> list[tuple[int, Path]]:
@@ -60,6 +66,11 @@ def _given(base: Path) -> list[tuple[int, Path]]:
         owner = base.lstat().st_uid
     except FileNotFoundError:
         return []
+    except OSError as error:
+        raise RequestInvalid(
+            f"run directories can't lie in {base}: {error.strerror}",
+            "name the directory that a run had as --vm-run-dir, in --run-dir or VMSANDBOX_RUN_DIR",
+        ) from error
     return [(owner if os.geteuid() == 0 else os.geteuid(), base)]
 
 

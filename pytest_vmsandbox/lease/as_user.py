@@ -14,14 +14,15 @@ from pytest_vmsandbox.linux import pidfd_open, pidfd_reap, pidfd_send_signal
 
 _NOBODY = 65534
 _CHUNK_BYTES = 64 * 1024
+_DONE, _FAILED = "done", "failed"
 
 
 def call_as_user(uid: int, work: Callable[[], str], *, deadline: Deadline) -> str:
     """What `work` returns when that user does it, in a forked child; we are root.
 
-    Raises OSError when it raised anything, or the user could not be taken on, and TimedOut, with
-    the child gone, at the deadline: that user's file systems may never answer. There should be no
-    other threads in this process.
+    Raises OSError when it raised anything, the user could not be taken on, or killed it, which they
+    may, and TimedOut, with the child gone, at the deadline: that user's file systems may never
+    answer. There should be no other threads in this process.
     """
     reading, writing = os.pipe()
     pid = os.fork()
@@ -33,11 +34,25 @@ def call_as_user(uid: int, work: Callable[[], str], *, deadline: Deadline) -> st
         os.close(writing)
         child = undo.enter_context(pidfd_open(pid))
         undo.callback(_end, child)
-        text = _read_all(reading, deadline=deadline).decode()
-    kind, _, answer = text.partition("\n")
-    if kind != "done":
-        raise OSError(f"as uid {uid}: {answer or 'it ended without an answer'}")
+        kind, answer = _parse(_read_all(reading, deadline=deadline))
+    if kind != _DONE:
+        raise OSError(f"as uid {uid}: {answer}")
     return answer
+
+
+def _render(kind: str, answer: str) -> bytes:
+    """A line with the kind and the length of the answer, and the answer."""
+    data = answer.encode(errors="backslashreplace")
+    return b"%s %d\n%s" % (kind.encode(), len(data), data)
+
+
+def _parse(message: bytes) -> tuple[str, str]:
+    """Kind and answer; a failure where it is not whole."""
+    head, _, data = message.partition(b"\n")
+    kind, _, length = head.decode().partition(" ")
+    if not length.isdecimal() or int(length) != len(data):
+        return _FAILED, "it ended without an answer"
+    return kind, data.decode()
 
 
 def _be_the_child(uid: int, work: Callable[[], str], writing: int) -> None:
@@ -45,11 +60,11 @@ def _be_the_child(uid: int, work: Callable[[], str], writing: int) -> None:
     try:
         _become(uid)
         try:
-            answer = f"done\n{work()}"
+            message = _render(_DONE, work())
         except Exception as error:  # noqa: BLE001  # it is told to the parent
-            answer = f"failed\n{error}"
+            message = _render(_FAILED, str(error))
         with open(writing, "wb") as pipe:  # it is a descriptor
-            pipe.write(answer.encode(errors="backslashreplace"))
+            pipe.write(message)
         status = 0
     finally:
         # Nothing of the parent's is to be closed, flushed or undone here.

@@ -134,6 +134,7 @@ def test_what_is_in_doubt_is_named_by_both_and_left(base: Path) -> None:
 
 def test_a_base_that_others_may_write_is_in_doubt_itself(base: Path) -> None:
     base.mkdir()
+    (base / "mount-points").mkdir()  # it is not looked into
     base.chmod(0o777)
 
     (seen,) = _ps(base)
@@ -141,7 +142,17 @@ def test_a_base_that_others_may_write_is_in_doubt_itself(base: Path) -> None:
 
     assert (seen["path"], seen["state"]) == (str(base), "doubtful")
     assert done.returncode == 1
-    assert "it is not a directory of ours alone" in done.stderr
+    (line,) = done.stderr.splitlines()
+    assert "it is not a directory of ours alone" in line
+
+
+@pytest.mark.parametrize("command", ["ps", "reap"])
+def test_a_place_that_can_not_be_is_named(command: str) -> None:
+    done = _run(command, "--run-dir", "/etc/passwd/x")
+
+    assert (done.returncode, done.stdout) == (125, "")
+    assert "run directories can't lie in /etc/passwd/x: Not a directory" in done.stderr
+    assert "--run-dir" in done.stderr
 
 
 def test_the_environment_says_where_to_look(base: Path) -> None:
@@ -174,6 +185,47 @@ def test_root_sees_and_reaps_what_another_user_left(base: Path, of_somebody: Per
 
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{run}: removed\n", "")
     assert not any(base.iterdir())
+
+
+def test_a_base_or_a_user_that_can_not_be_asked_keeps_no_other_from_being_asked(
+    people: Mapping[Kind, Person],
+) -> None:
+    uids = [people[kind].uid for kind in (Kind.ORDINARY, Kind.SUDO_TO_ALL)]
+    done = subprocess.run(
+        [sys.executable, "-c", _ASK_SEVERAL, *map(str, uids)],
+        cwd=CHECKOUT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+
+    first, own, killed, last = done.stdout.splitlines()
+    assert first.startswith("failed /unfit VMS-RUN-DIR-UNUSABLE")
+    assert own == "/own 0"
+    assert killed == f"failed /killed as uid {uids[0]}: it ended without an answer"
+    assert last == f"/other {uids[1]}"
+
+
+_ASK_SEVERAL = """
+import argparse, os, sys
+from pathlib import Path
+from pytest_vmsandbox.cli import runs
+from pytest_vmsandbox.errors import HostUnfit
+os.environ.pop("VMSANDBOX_RUN_DIR", None)
+runs.own_bases = lambda: [Path("/unfit"), Path("/own")]
+runs.bases_of_others = lambda: list(zip(map(int, sys.argv[1:]), [Path("/killed"), Path("/other")]))
+def look(base):
+    if base.name == "killed":
+        os.kill(os.getpid(), 9)
+    if base.name == "unfit":
+        raise HostUnfit("VMS-RUN-DIR-UNUSABLE", "a directory", "none", "make one")
+    return f"{base} {os.getuid()}"
+def failed(base, reason):
+    return f"failed {base} {reason}".splitlines()[0]
+for answer in runs.ask_each_base(argparse.Namespace(run_dir=None), look, failed=failed):
+    print(answer, flush=True)
+"""
 
 
 def test_root_is_not_led_to_what_the_user_may_not_touch(base: Path, of_somebody: Person) -> None:

@@ -93,10 +93,35 @@ def test_one_that_is_killed_has_not_answered(someone: Person) -> None:
     assert "without an answer" in shown
 
 
-def test_any_text_comes_back(someone: Person) -> None:
-    (shown,) = _run(someone, "print(json.dumps(ask(lambda: 'a\\nb' * 100_000)))")
+@pytest.mark.parametrize("part", [1, 5, 9, 30])
+def test_one_that_is_killed_in_the_midst_of_its_answer_has_not_answered(
+    someone: Person, part: int
+) -> None:
+    (shown,) = _run(
+        someone,
+        f"""
+from pytest_vmsandbox.lease import as_user
+class Pipe:
+    def __init__(self, descriptor, mode): self.descriptor = descriptor
+    def __enter__(self): return self
+    def __exit__(self, *error): pass
+    def write(self, data):
+        os.write(self.descriptor, data[:{part}])
+        os.kill(os.getpid(), 9)
+def work():
+    as_user.open = Pipe
+    return "\u00e9" * 20
+print(ask(work))
+""",
+    )
 
-    assert json.loads(shown) == "a\nb" * 100_000
+    assert "without an answer" in shown
+
+
+def test_any_text_comes_back(someone: Person) -> None:
+    (shown,) = _run(someone, "print(json.dumps(ask(lambda: 'a\\n\u00e9' * 100_000)))")
+
+    assert json.loads(shown) == "a\n\u00e9" * 100_000
 
 
 # Where they may lie
