@@ -219,7 +219,7 @@ AMOUNTS = {"memory": str(1 << 30), "pids": "64"}
 
 
 def possible_cgroups() -> list[tuple[Path, dict[str, str]]]:
-    """Directories in which a group might be made, with the limits to set: v2 first, ours first."""
+    """Directories in which a group might be made, with the limits to set: v2 and ours first."""
     ours = own_cgroups()
     v2: list[tuple[Path, dict[str, str]]] = []
     v1: list[tuple[Path, dict[str, str]]] = []
@@ -227,18 +227,18 @@ def possible_cgroups() -> list[tuple[Path, dict[str, str]]]:
     for line in Path("/proc/self/mountinfo").read_bytes().split(b"\n")[:-1]:
         left, _, right = line.partition(b" - ")
         kind, _, options = right.split(b" ", 2)
-        mounted = mount_point(left.split(b" ")[4])
+        root, top = map(path_of, left.split(b" ")[3:5])
         if kind == b"cgroup2":
-            v2 += [(place, LIMITS_V2) for place in own_then_top(mounted, ours.get("", ""))]
+            v2 += [(place, LIMITS_V2) for place in own_and_above(top, root, ours.get("", ""))]
         elif kind == b"cgroup":
             controllers = os.fsdecode(options).split(",")
             limits = {name: LIMITS_V1[name] for name in controllers if name in LIMITS_V1}
             for name in list(limits)[:1]:
-                v1 += [(place, limits) for place in own_then_top(mounted, ours.get(name, ""))]
+                v1 += [(place, limits) for place in own_and_above(top, root, ours.get(name, ""))]
     return v2 + v1
 
 
-def mount_point(field: bytes) -> Path:
+def path_of(field: bytes) -> Path:
     """The path in a field of mountinfo: what would end it is in octal there (proc(5))."""
     plain = re.sub(rb"\\([0-7]{3})", lambda found: bytes([int(found[1], 8) & 0xFF]), field)
     return Path(os.fsdecode(plain))
@@ -248,12 +248,19 @@ def own_cgroups() -> dict[str, str]:
     """The group that we are in, by controller; under "" the one of cgroup v2 (cgroups(7))."""
     lines = Path("/proc/self/cgroup").read_bytes().split(b"\n")[:-1]
     entries = [os.fsdecode(line).split(":", 2) for line in lines]
-    return {name: path.lstrip("/") for _, names, path in entries for name in names.split(",")}
+    return {name: path for _, names, path in entries for name in names.split(",")}
 
 
-def own_then_top(mounted: Path, own: str) -> list[Path]:
-    """Our own group in that hierarchy, and the top of what is mounted of it."""
-    return list(dict.fromkeys((mounted / own, mounted)))
+def own_and_above(top: Path, root: Path, own: str) -> list[Path]:
+    """Our own group, as far as it lies in what is mounted, and all above it up to the top.
+
+    In version 2 a group that holds processes hands on no limits; those above it may be ours.
+    """
+    group = Path(own)
+    if ".." in group.parts or not group.is_relative_to(root):
+        return [top]
+    below = group.relative_to(root)
+    return [top / below, *(top / parent for parent in below.parents)]
 
 
 def limit_cgroup(group: Path, limits: dict[str, str]) -> str:

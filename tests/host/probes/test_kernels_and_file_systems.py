@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -241,6 +242,27 @@ def test_a_hierarchy_is_found_whatever_its_mount_is_called(tmp_path: Path, kind:
     places = [bytes.fromhex(place) for place in json.loads(done.stdout)]
 
     assert os.fsencode(tmp_path) + b"/m/ \xff \\040\n\r - x" in places
+
+
+@pytest.mark.parametrize(
+    ("root", "own", "expected"),
+    [
+        ("/", "/user.slice/app.slice/run.scope", ["/user.slice/app.slice/run.scope"]),
+        ("/box", "/box/ours", ["/ours"]),
+        ("/box", "/elsewhere", []),
+        ("/", "/../ours", []),
+        ("/", "/", []),
+        ("/", "", []),
+    ],
+)
+def test_a_group_is_tried_in_our_own_and_in_all_above_it(
+    root: str, own: str, expected: list[str]
+) -> None:
+    places = inside.own_and_above(Path("/cg"), Path(root), own)
+
+    assert list(map(str, places[:1] if expected else [])) == [f"/cg{path}" for path in expected]
+    assert places[-1] == Path("/cg")
+    assert all(above == below.parent for below, above in pairwise(places))
 
 
 def test_what_cannot_be_read_is_no_traceback() -> None:
