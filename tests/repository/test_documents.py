@@ -20,7 +20,7 @@ from platformdirs import user_cache_path
 import pytest_vmsandbox
 from pytest_vmsandbox import AsyncMachine, Capability, Machine
 from pytest_vmsandbox.cli import COMMANDS
-from pytest_vmsandbox.host.facts import Verdict, code_of
+from pytest_vmsandbox.host.facts import Tier, Verdict, code_of
 from pytest_vmsandbox.machine.async_process import AsyncProcess
 from pytest_vmsandbox.machine.machine import MachineConsole
 from pytest_vmsandbox.machine.process import Process
@@ -39,6 +39,8 @@ _FENCE = re.compile(
 )
 _LINK = re.compile(r"\]\((?P<target>[^)\s]+)\)")
 _CODE = re.compile(r"VMS(?:-[A-Z]+)+")
+_CODES_OF_CAPABILITIES = {code_of(name, verdict) for name in Capability for verdict in Verdict}
+_BEGINNINGS_OF_CAPABILITIES = {code_of(name, Verdict.OK).removesuffix("-OK") for name in Capability}
 _STATUS = re.compile(r"# exits with (\d+)$")
 
 # These would change the host, remove something, or want a terminal.
@@ -281,7 +283,6 @@ def test_every_verb_is_in_the_users_guide(kind: type) -> None:
 
 def test_every_code_in_the_source_is_explained() -> None:
     documents = _named("hosts.md") + _named("images.md") + _named("usage.md")
-    of_capabilities = {code_of(name, verdict) for name in Capability for verdict in Verdict}
     in_source = {
         code
         for path in (CHECKOUT / "pytest_vmsandbox").glob("**/*.py")
@@ -289,7 +290,28 @@ def test_every_code_in_the_source_is_explained() -> None:
     }
     assert in_source
 
-    assert {c for c in in_source - of_capabilities if f"`{c}" not in documents} == set()
+    assert {c for c in in_source - _CODES_OF_CAPABILITIES if f"`{c}" not in documents} == set()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
+def test_every_code_in_a_document_can_be_met(document: Path) -> None:
+    known = _CODES_OF_CAPABILITIES | _codes_in("pytest_vmsandbox") | _codes_in("tests", "VMS-TEST")
+    shown = set(re.findall(r"VMS(?:-[A-Z]+)+-?", document.read_text()))
+    families = {code for code in shown if code.endswith("-")}  # VMS-TIER-...
+
+    assert {f for f in families if not any(code.startswith(f) for code in known)} == set()
+    assert shown - families - known - _BEGINNINGS_OF_CAPABILITIES == set()
+
+
+def _codes_in(folder: str, beginning: str = "VMS") -> set[str]:
+    """The codes that sources have, with those that they make of a tier's name."""
+    found: set[str] = set()
+    for path in (CHECKOUT / folder).glob("**/*.py"):
+        text = path.read_text()
+        for family in re.findall(r"(VMS(?:-[A-Z]+)+-)\{[\w.]*tier\.upper\(\)\}", text):
+            found |= {f"{family}{tier.upper()}" for tier in Tier}
+        found |= set(re.findall(rf"{_CODE.pattern}(?![-A-Z{{])", text))
+    return {code for code in found if code.startswith(beginning)}
 
 
 @pytest.mark.parametrize("capability", Capability)
