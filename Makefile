@@ -22,7 +22,7 @@ demo: $(READY)  ## install what is missing, build the default image, run example
 test: $(READY)  ## the same set-up, then the whole suite, with coverage
 	$(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term --durations=15
 
-tiers: $(READY)  ## the suite in each tier, as a user made for it; takes root (TIER="userns bare", WHOLE=1)
+tiers: $(READY)  ## machines and walls in each tier, all in userns, as users made for it; takes root (TIER=bare, WHOLE=1)
 	$(BIN)/python -m tests.tiers $(TIER) $(if $(WHOLE),--whole)
 
 check: $(READY) format lint types layers interpreters test  ## everything that a change must pass
@@ -46,7 +46,7 @@ docs: $(READY)  ## run what README.md and docs/ show
 interpreters: $(READY)  ## the parts that need no machine, under every Python from 3.11 to 3.13 found
 	@.ci/interpreters
 
-bench: $(READY)  ## the benchmarks: ratios, side by side in one run (docs/benchmarks.md)
+bench: $(READY)  ## the benchmarks, as ratios, side by side in one run (docs/benchmarks.md)
 	$(BIN)/python -m benchmarks
 
 clean:  ## remove what was made in this directory; images stay in the cache
