@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import pwd
+import resource
 import signal
 import socket
 import stat
@@ -51,7 +52,10 @@ def main(line: socket.socket) -> None:
     """Serve `line`, the warden's stdin, until it ends."""
     peer = _trusted_peer(line)
     rootful = os.geteuid() == 0
-    if not rootful:
+    if rootful:
+        # sudo leaves 0 (sudoers(5), "rlimit_core"), where VMMs must have 1: see launch.
+        resource.setrlimit(resource.RLIMIT_CORE, (1, 1))
+    else:
         uid, gid = os.geteuid(), os.getegid()  # in the new namespace nobody is mapped yet
         unshare(CloneFlags.CLONE_NEWUSER)
         write_identity_maps(os.getpid(), uid=uid, gid=gid, deny_setgroups=True)

@@ -87,6 +87,8 @@ async def test_a_group_that_a_dead_warden_left_is_no_hindrance(warden: Warden) -
     if not warden.greeting.groups:
         pytest.skip("this user can't make control groups")
     left = [Path(parent) / f"vmsandbox-{GROUP}" for parent in warden.greeting.groups]
+    if not all(os.access(group.parent, os.W_OK) for group in left):
+        pytest.skip("takes the warden's own rights: it makes what a warden left")
     for group in left:
         group.mkdir()
 
