@@ -376,14 +376,22 @@ def _start(tier: Tier, *, log: Path) -> Warden:
             stderr=output,
             start_new_session=True,
             cwd="/",
-            # Not ours, which may hold secrets, and what sudo once said of somebody else; sudo adds
-            # its own words.
-            env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C.UTF-8"},
+            env=_environment(),
         )
         ours.settimeout(0)
         warden = Warden(ours, child, log)
         undo.pop_all()
         return warden
+
+
+def _environment() -> dict[str, str]:
+    """What a Python needs to start; sudo adds its own words.
+
+    The rest of ours may hold secrets, and what sudo once said of somebody else.
+    """
+    # A Python that is a shared library may be found by the second alone (pyenv, hosted runners).
+    kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
+    return {"PATH": os.defpath, **kept, "LC_ALL": "C.UTF-8"}
 
 
 def _unfit(tier: Tier, error: Exception) -> HostUnfit:
