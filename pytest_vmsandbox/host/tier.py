@@ -70,13 +70,13 @@ def require_tier(wanted: str, facts: HostFacts, *, uid: int | None = None) -> Ti
 
 
 def require_walls(wanted: str, facts: HostFacts) -> Tier:
-    """The same for what can't be done without walls: HostUnfit in the tier BARE as well."""
+    """The same for what must not go without walls: HostUnfit in the tier BARE as well."""
     tier = require_tier(wanted, facts)
     if tier is Tier.BARE:
         facts.require(Capability.JAIL)
         raise HostUnfit(
             "VMS-TIER-BARE",
-            "walls for a command of the host",
+            "walls",
             "the tier bare, which was asked for, has none",
             "leave the tier to `auto`",
         )
