@@ -113,8 +113,10 @@ def mount_id_of(descriptor: int) -> int:
 
     A bind mount has the device number of what it shows; only this tells them apart.
     """
-    lines = Path(f"/proc/self/fdinfo/{descriptor}").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("mnt_id:"))
+    # Bytes: a codec may have to be imported, which Python 3.13 can't where the working directory
+    # is gone, as it may be when what was mounted there is taken off.
+    lines = Path(f"/proc/self/fdinfo/{descriptor}").read_bytes().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(b"mnt_id:"))
 
 
 def _is_ours_alone(directory: int) -> bool:
