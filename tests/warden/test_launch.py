@@ -201,7 +201,8 @@ async def test_it_ignores_no_signal_and_blocks_none(warden: Warden) -> None:
 
     status = dict(line.split(":", 1) for line in out.splitlines())
     for kind in ("SigBlk", "SigIgn", "SigCgt"):
-        assert int(status[kind], 16) == 0
+        # But the two signals that the C library keeps for itself, which nobody can set by it.
+        assert int(status[kind], 16) & ~(0b11 << 31) == 0
 
 
 async def test_nobody_in_it_makes_user_namespaces(warden: Warden) -> None:
