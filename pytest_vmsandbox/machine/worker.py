@@ -219,9 +219,11 @@ class Worker:
         return await self._wardens.warden(tier, directory=await self._entered())
 
     async def _entered(self) -> RunDirectory:
-        """The run directory; off the loop, since what dead runs left may take a while."""
+        """The run directory; made off the loop, since what dead runs left may take a while."""
         async with self._entering:
-            return await asyncio.to_thread(lambda: self.directory)
+            if "directory" not in vars(self):
+                await asyncio.to_thread(lambda: self.directory)
+            return self.directory
 
     async def _accel(self, wanted: str, image: Image) -> str:
         facts = await self._known_facts()
