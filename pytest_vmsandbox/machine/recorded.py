@@ -9,7 +9,7 @@ from pathlib import Path
 from pytest_vmsandbox.host.facts import Tier
 from pytest_vmsandbox.lease.entries import CGROUP_PREFIX, CgroupEntry, ProcessEntry, Role
 from pytest_vmsandbox.lease.ledger import Ledger
-from pytest_vmsandbox.vmm.launch import Launcher, LaunchRequest, VmmProcess, VmmView
+from pytest_vmsandbox.vmm.launch import Handed, Launcher, LaunchRequest, VmmProcess, VmmView
 
 
 class RecordedLauncher:
@@ -26,7 +26,7 @@ class RecordedLauncher:
         self._tier = tier
         self._groups = groups
 
-    def view(self, *, directory: Path, files: Sequence[Path]) -> VmmView:
+    def view(self, *, directory: Path, files: Sequence[Handed]) -> VmmView:
         """How the other launcher's VMM would see these."""
         return self._launcher.view(directory=directory, files=files)
 

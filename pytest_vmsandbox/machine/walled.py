@@ -15,7 +15,7 @@ from pytest_vmsandbox.errors import HostUnfit
 from pytest_vmsandbox.host.socket_auth import verify_machine_peer
 from pytest_vmsandbox.jail.vmm_view import ROOM, plan_vmm_view
 from pytest_vmsandbox.linux import ProcessIdentity
-from pytest_vmsandbox.vmm.launch import LaunchRequest, VmmView
+from pytest_vmsandbox.vmm.launch import Handed, LaunchRequest, Memory, VmmView
 from pytest_vmsandbox.warden.client import JailedProcess, Warden
 from pytest_vmsandbox.warden.requests import Launch, Limits, Network, Who
 
@@ -92,7 +92,7 @@ class WalledLauncher:
     def __init__(self, warden: Warden) -> None:
         self._warden = warden
 
-    def view(self, *, directory: Path, files: Sequence[Path]) -> VmmView:  # noqa: ARG002 - not shown
+    def view(self, *, directory: Path, files: Sequence[Handed]) -> VmmView:  # noqa: ARG002 - not shown
         """Its directory exists in its own view only; files come as descriptors."""
         return VmmView(
             directory=Path(ROOM),
@@ -110,8 +110,13 @@ class WalledLauncher:
         """
         with ExitStack() as given:
             files = [given.enter_context(file) for file in _streams(request)]
-            files += [given.enter_context(path.open("rb")) for path in request.files]
-            async with self._start(request, [file.fileno() for file in files]) as process:
+            descriptors = [file.fileno() for file in files]
+            for handed in request.files:
+                if isinstance(handed, Memory):
+                    descriptors.append(handed.descriptor)
+                else:
+                    descriptors.append(given.enter_context(handed.open("rb")).fileno())
+            async with self._start(request, descriptors) as process:
                 given.close()
                 yield WalledProcess(process)
 
@@ -156,7 +161,9 @@ def _order(request: LaunchRequest) -> Launch:
             file_bytes=FILE_BYTES,
             open_files=OPEN_FILES,
         ),
-        files=tuple(str(path.absolute()) for path in request.files),
+        files=tuple(
+            None if isinstance(file, Memory) else str(file.absolute()) for file in request.files
+        ),
         room=str(ROOM),
         group=request.id,
     )
