@@ -48,6 +48,8 @@ def _reap(base: Path) -> Answer:
         remove_abandoned_mount_points(base=base)
     except TeardownRefused as refused:
         leftovers.append(leftover_of(refused))
+    except OSError as error:  # in a base of somebody else
+        leftovers.append(Leftover(path=base, reason=str(error), inspect=look_at(base)))
     return {"steps": steps, "left": [str(leftover) for leftover in leftovers]}
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 from pytest_vmsandbox.errors import HostUnfit
-from pytest_vmsandbox.host.facts import Tier
+from pytest_vmsandbox.host.facts import Capability, Tier, Verdict, code_of
 from pytest_vmsandbox.host.platform import current_platform
 from pytest_vmsandbox.jail.sandbox_config import SandboxConfig
 from pytest_vmsandbox.jail.sandbox_run import Ended, run_in
@@ -26,7 +26,7 @@ def run_with_own_warden(config: SandboxConfig) -> Ended:
     """Run the command of `config` by a warden that lives as long; HostUnfit without walls."""
     if not (platform := current_platform()).is_linux:
         raise HostUnfit(
-            "VMS-SANDBOX-PLATFORM",
+            code_of(Capability.JAIL, Verdict.UNSUPPORTED),
             "walls around a command",
             f"this is {platform.system}",
             "they are made of namespaces, which only Linux has",

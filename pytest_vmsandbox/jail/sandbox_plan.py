@@ -121,6 +121,8 @@ def visible_mounts(mounts: Iterable[MountInfo]) -> tuple[MountInfo, ...]:
     kept: list[MountInfo] = []
     tops: list[str] = []
     for mount in mounts:
+        if mount.fs_type == "autofs":
+            continue  # to look at it would mount something; what is mounted has its own line
         if mount.fs_type in KERNEL_FILE_SYSTEMS:
             tops.append(mount.mount_point)
         elif not any(is_at_or_below(mount.mount_point, top) for top in tops):

@@ -20,6 +20,13 @@ ROOM_MIB = 16
 _LIBRARIES = (Path("/usr"), Path("/nix/store"))
 _LINKED = tuple(Path(f"/{name}") for name in ("bin", "sbin", "lib", "lib32", "lib64", "libx32"))
 _LINKER_CACHE = Path("/etc/ld.so.cache")
+
+# What QEMU looks for around itself: where it was built, where it was installed, and where Homebrew
+# did that, whose programs and libraries are links to what lies in two more folders.
+_BESIDE: tuple[str, ...] = ("qemu-bundle", "pc-bios")
+_INSTALLED = ("lib", "lib64", "libexec", "share/qemu")
+_BREWED = (*_INSTALLED, "Cellar", "opt")
+
 _DEVICES = ("null", "zero", "urandom")
 
 
@@ -38,8 +45,9 @@ def plan_vmm_view(program: Path, *, kvm: bool) -> tuple[Step, ...]:
 
 def _programs(program: Path) -> Iterator[Step]:
     shown = [path for path in _LIBRARIES if path.is_dir()]
-    if not any(program.is_relative_to(path) for path in shown):
-        shown.append(_home_of(program))
+    place = program.parent.resolve() / program.name  # /bin may be a link to /usr/bin
+    if not any(place.is_relative_to(path) for path in shown):
+        shown += [program, *_brought_by(program)]
     for path in shown:
         yield Bind(source=str(path), target=str(path))
     for path in _LINKED:
@@ -51,7 +59,14 @@ def _programs(program: Path) -> Iterator[Step]:
         yield Bind(source=str(_LINKER_CACHE), target=str(_LINKER_CACHE))
 
 
-def _home_of(program: Path) -> Path:
-    """The folder that a program outside the system brings its libraries and data in."""
+def _brought_by(program: Path) -> Iterator[Path]:
+    """Where a program outside the system has its libraries and data.
+
+    Not all that lies there: who keeps it in ~/bin, or in ~/.local/bin, keeps more beside it.
+    """
     folder = program.parent
-    return folder.parent if folder.name in ("bin", "sbin") else folder
+    names = _BESIDE
+    if folder.name in ("bin", "sbin"):
+        folder = folder.parent
+        names = _BREWED if (folder / "Cellar").is_dir() else _INSTALLED
+    yield from (folder / name for name in names if (folder / name).is_dir())

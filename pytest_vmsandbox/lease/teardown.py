@@ -33,7 +33,7 @@ def tear_down(path: str | os.PathLike[str] | None, *, privilege: Privilege | Non
     if clean is None:
         return
     acting = privilege or OwnPrivilege()
-    for name in dict.fromkeys((clean, dead_name(clean))):
+    for name in dict.fromkeys((dead_name(clean), clean)):
         try:
             _tear_down(name, privilege=acting)
         except OSError as error:

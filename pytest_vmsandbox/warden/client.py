@@ -39,11 +39,13 @@ RETRY_S = 0.005
 class Greeting:
     """What a warden says of itself: the uid of VMMs, and what they may use.
 
-    `kvm`: that user may open /dev/kvm. `groups`: the directories in which control groups are
+    `owner_uid`: as whom commands run, which is ourselves, but in the tier qemu-vm. `kvm`: VMMs may
+    open /dev/kvm. `groups`: the directories in which control groups are
     made, `limits` what they limit ("memory", "pids").
     """
 
     uid: int
+    owner_uid: int
     kvm: bool
     groups: tuple[str, ...]
     limits: tuple[str, ...]
@@ -266,10 +268,9 @@ class Warden:
                 if not waiting.done():
                     waiting.set_result((form, descriptors))
                     return
-            case {"uid": uid, "kvm": kvm, "groups": groups, "limits": limits}:
-                self._greeted.set_result(
-                    Greeting(uid=uid, kvm=kvm, groups=tuple(groups), limits=tuple(limits))
-                )
+            case {"uid": _, "owner_uid": _, "kvm": _, "groups": _, "limits": _}:
+                lists = {name: tuple(form[name]) for name in ("groups", "limits")}
+                self._greeted.set_result(Greeting(**{**form, **lists}))
         self._give_up(form, descriptors)
 
     def _give_up(self, form: Mapping[str, Any], descriptors: Sequence[int]) -> None:
@@ -284,7 +285,7 @@ class Warden:
     def _adopt(self, number: int, descriptors: Sequence[int], *, who: Who) -> JailedProcess:
         """What was launched, as an object that is told of its end."""
         (pidfd,) = descriptors
-        uid = self.greeting.uid if who is Who.VMM else os.getuid()
+        uid = self.greeting.uid if who is Who.VMM else self.greeting.owner_uid
         process = JailedProcess(self, number, OwnedFd(pidfd), uid=uid)
         self._processes[number] = process
         if number in self._early:
@@ -355,7 +356,7 @@ def _start(tier: Tier, *, log: Path) -> Warden:
         with OwnedFd(open_bundle()) as bundle:
             socket.send_fds(ours, [b"\0"], [bundle])
         child = subprocess.Popen(
-            render_start(tier, "-c", BOOTSTRAP),
+            render_start(tier, "-c", BOOTSTRAP, str(log)),
             stdin=theirs.fileno(),
             stdout=output,
             stderr=output,

@@ -14,8 +14,8 @@ import os
 import resource
 import signal
 import socket
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -208,7 +208,8 @@ class _Stage:
             os._exit(0)  # also where nobody is left to be told: we must not become a second warden
 
     def _tell(self, form: dict[str, object], descriptors: Sequence[int] = ()) -> None:
-        socket.send_fds(self._line, [json.dumps(form).encode()], descriptors)
+        with whatever_is_in_flight():
+            socket.send_fds(self._line, [json.dumps(form).encode()], descriptors)
 
     def _wait_to_go(self) -> None:
         if self._line.recv(len(_GO)) != _GO:
@@ -252,8 +253,7 @@ class _Stage:
         prctl_set_no_new_privs()
         if order.who is Who.VMM:
             deny_system_calls()
-        for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, programs should not
-            signal.signal(number, signal.SIG_DFL)
+        _heed_signals()
         if order.who is Who.OWNER:
             _be_init_for_a_child()
         os.execve(order.argv[0], order.argv, dict(order.env))  # noqa: S606 - by path, no shell
@@ -303,6 +303,21 @@ def _only_readable(descriptor: int, path: str) -> int:
             raise OSError(error.errno, error.strerror, path) from None
 
 
+@contextmanager
+def whatever_is_in_flight() -> Iterator[None]:
+    """Be able to send descriptors, as far as our hard limit of open files goes.
+
+    Who may open fewer files than its user has descriptors in flight, and any process of that user
+    may have sent them, a VMM too, can't send any (unix(7), ETOOMANYREFS).
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 def _limit_namespace(most: Mapping[str, int]) -> None:
     for name, amount in most.items():
         with (
@@ -326,6 +341,13 @@ def _limit(limits: Limits, *, others: Mapping[int, int]) -> None:
             _, hard = resource.getrlimit(kind)
             least = most if hard == resource.RLIM_INFINITY else min(most, hard)
             resource.setrlimit(kind, (least, least))
+
+
+def _heed_signals() -> None:
+    """Ignore no signal: Python does some, and whoever started pytest (nohup, a shell's `&`)."""
+    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+        with suppress(OSError):  # those that the C library keeps for itself
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _be_init_for_a_child() -> None:

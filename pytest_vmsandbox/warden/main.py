@@ -80,6 +80,7 @@ def _serve(line: socket.socket, *, lifeline: int, peer: _Peer, rootful: bool) ->
     hierarchies = find_hierarchies()
     greeting = {
         "uid": users[Who.VMM].uid,
+        "owner_uid": users[Who.OWNER].uid,
         "kvm": _may_open(_KVM, users[Who.VMM]),
         "groups": [str(hierarchy.parent) for hierarchy in hierarchies],
         "limits": sorted(name for hierarchy in hierarchies for name in hierarchy.files),

@@ -17,7 +17,14 @@ from pytest_vmsandbox.errors import RequestInvalid, VmSandboxError
 from pytest_vmsandbox.linux.owned_fd import OwnedFd
 from pytest_vmsandbox.linux.pidfd import pidfd_send_signal
 from pytest_vmsandbox.warden.groups import Group, Hierarchy
-from pytest_vmsandbox.warden.launch import Launched, LaunchFailed, User, launch, sentence_of
+from pytest_vmsandbox.warden.launch import (
+    Launched,
+    LaunchFailed,
+    User,
+    launch,
+    sentence_of,
+    whatever_is_in_flight,
+)
 from pytest_vmsandbox.warden.requests import (
     DESCRIPTORS_AT_MOST,
     PACKET_BYTES,
@@ -138,7 +145,7 @@ class Server:
     ) -> None:
         numbers = [descriptor.fileno() for descriptor in descriptors]
         # Who has gone away is told nothing; the end of the line is read next.
-        with suppress(BrokenPipeError, ConnectionResetError):
+        with suppress(BrokenPipeError, ConnectionResetError), whatever_is_in_flight():
             socket.send_fds(self._line, [json.dumps(form).encode()], numbers)
 
     # The operations

@@ -56,12 +56,16 @@ class View:
         # Nothing that is mounted from here on is seen elsewhere, nor the other way round.
         mount_setattr("/", _RECURSIVE, propagation=MountFlags.PRIVATE)
         self._root: OwnedFd | None = None
+        # The devices of file systems that exist in this view only: nowhere else is anything made.
+        self._own: set[int] = set()
 
     def perform(self, step: Step) -> None:
         """Do one step; OSError names the call and the path that failed."""
         match step:
             case Tmpfs():
-                self._attach(_tmpfs(step), step.target, directory=True)
+                mount = _tmpfs(step)
+                self._own.add(os.fstat(mount).st_dev)
+                self._attach(mount, step.target, directory=True)
             case Bind():
                 self._bind(step)
             case Device():
@@ -73,7 +77,7 @@ class View:
                 self._attach(_proc(step), step.target, directory=True)
             case Symlink():
                 parent, name = _split(step.target)
-                with self._open(parent, make_directory=True) as directory:
+                with self._own_directory(parent) as directory:
                     os.symlink(step.text, name, dir_fd=directory)
             case ReadOnly():
                 self._make_read_only(step)
@@ -142,7 +146,7 @@ class View:
             return self._open(target)
         except FileNotFoundError:
             parent, name = _split(target)
-            with self._open(parent, make_directory=True) as above:
+            with self._own_directory(parent) as above:
                 flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC
                 os.close(os.open(name, flags, 0o644, dir_fd=above))
             return self._open(target)
@@ -154,9 +158,17 @@ class View:
             if not make_directory or path == "/":
                 raise
         parent, name = _split(path)
-        with self._open(parent, make_directory=True) as above:
+        with self._own_directory(parent) as above:
             os.mkdir(name, 0o755, dir_fd=above)
         return openat2(self._made_root, path, os.O_PATH, resolve=_INSIDE)
+
+    def _own_directory(self, path: str) -> OwnedFd:
+        """A directory in which things can be made: those of the host are left as they are."""
+        directory = self._open(path, make_directory=True)
+        if os.fstat(directory).st_dev not in self._own:
+            directory.close()
+            raise OSError(errno.EROFS, "nothing is made on the host's file systems", path)
+        return directory
 
 
 def _tmpfs(step: Tmpfs) -> OwnedFd:

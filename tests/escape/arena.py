@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import resource
 import socket
 import sys
 import tempfile
@@ -211,7 +212,9 @@ async def _attempted(
 
 
 def _differences(before: dict[str, object], after: dict[str, object]) -> list[str]:
-    return [f"{name}: {before[name]} -> {after[name]}" for name in before if before[name] != after[name]]
+    return [
+        f"{name}: {before[name]} -> {after[name]}" for name in before if before[name] != after[name]
+    ]
 
 
 async def traps(tier: Tier) -> dict[str, object]:
@@ -229,10 +232,12 @@ async def traps(tier: Tier) -> dict[str, object]:
                     for name in TRAPS
                     if place.warden is not None
                 }
+                gift = await _accepted_gift(process)
             heard = listening.heard()
         return {
             "connected": connected,
             "read": read,
+            "gift": gift,
             "heard": heard,
             "neighbours": [await ask(neighbour) for neighbour in beside.values()],
         }
@@ -279,6 +284,14 @@ async def _connect(process: VmmProcess, name: str) -> str:
     return "connected"
 
 
+async def _accepted_gift(process: VmmProcess) -> str:
+    before = sorted(Path("/proc/self/fd").iterdir())
+    sock = await process.connect("gift-socket", deadline=Deadline.after(seconds=20))
+    text = await asyncio.to_thread(_read, sock)
+    after = sorted(Path("/proc/self/fd").iterdir())
+    return text if after == before else "descriptors were taken"
+
+
 async def _read_file(process: VmmProcess, name: str) -> str:
     return f"read {await process.read_file(name)!r}"
 
@@ -296,7 +309,20 @@ async def _send_descriptor() -> str:
     return "sent"
 
 
-_PARTS = {"attempts": attempts, "traps": traps, "siege": siege}
+async def flight(tier: Tier) -> dict[str, object]:
+    """Have more descriptors in flight than the warden may open: does it still start machines?"""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    async with ground(tier) as place:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            for _ in range(_USUAL_OPEN_FILES // 250 + 2):
+                socket.send_fds(ours, [b"x"], [0] * 250)
+            return {"another machine": await _outcome(_another(place, place.launchers[0]))}
+
+
+_PARTS = {"attempts": attempts, "traps": traps, "siege": siege, "flight": flight}
+_USUAL_OPEN_FILES = 1024
 
 
 def main(part: str, tier: Tier) -> None:
@@ -305,7 +331,10 @@ def main(part: str, tier: Tier) -> None:
         # What root does without walls, it does to a world of the test's own.
         unshare(CloneFlags.CLONE_NEWNS | CloneFlags.CLONE_NEWUTS | CloneFlags.CLONE_NEWIPC)
         mount(None, "/", None, MountFlags.REC | MountFlags.PRIVATE)
-    print(json.dumps(asyncio.run(_PARTS[part](tier))))
+    # As most hosts have it; some kernel-wide limits are compared with it.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (_USUAL_OPEN_FILES, most))
+    sys.stdout.write(json.dumps(asyncio.run(_PARTS[part](tier))))
 
 
 if __name__ == "__main__":

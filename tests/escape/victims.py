@@ -63,12 +63,14 @@ def listeners(directory: Path) -> Iterator[Listeners]:
     """One of each kind; nobody accepts what comes in, but it is counted."""
     with ExitStack() as stack:
 
-        def listening(family: int, address: object, kind: int = socket.SOCK_STREAM) -> socket.socket:
+        def listening(
+            family: int, address: object, kind: int = socket.SOCK_STREAM
+        ) -> socket.socket:
             sock = stack.enter_context(socket.socket(family, kind))
             sock.bind(address)  # type: ignore[arg-type]  # an address of whatever family
             if kind == socket.SOCK_STREAM:
                 sock.listen(64)
-            sock.setblocking(False)
+            sock.settimeout(0)
             return sock
 
         path = directory / "listener.sock"

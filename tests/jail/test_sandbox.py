@@ -297,6 +297,31 @@ class TestExtraMounts:
 
         assert seen == "/\n/database\n"
 
+    def test_remount_ro_of_the_root_leaves_what_is_mounted_later_writable(
+        self, somebody: Runner, root: Path
+    ) -> None:
+        seen = somebody.says(
+            "for d in / /data /shm; do touch $d/x 2>&- && echo $d; done; true",
+            filesystem_root=root,
+            extra_mounts=[USR, (None, "/", None, "remount,ro"), (None, "/shm", "tmpfs")],
+        )
+
+        assert seen == "/shm\n"
+
+    def test_where_no_mount_point_can_be_made_it_says_so(
+        self, somebody: Runner, root: Path
+    ) -> None:
+        if somebody.uid == 0:
+            pytest.skip("root may write everywhere")
+        (root / "closed").mkdir()
+        (root / "closed").chmod(0o555)
+        options = {**in_root(root), "extra_mounts": [USR, (None, "/closed/x", "tmpfs")]}
+
+        with pytest.raises(
+            (RequestInvalid, AssertionError), match=r"/closed/x .* Permission denied"
+        ):
+            somebody("true", **options)
+
     def test_proc_shows_the_commands_own_processes_and_can_not_be_written(
         self, somebody: Runner, root: Path
     ) -> None:

@@ -200,6 +200,10 @@ def test_a_mount_that_lies_under_another_is_left_out() -> None:
     assert seen == (proc,)
 
 
+def test_what_would_be_mounted_when_it_is_looked_at_is_not() -> None:
+    assert visible_mounts([mounted("autofs", "/proc/sys/fs/binfmt_misc")]) == ()
+
+
 def test_mounts_of_other_file_systems_are_not_even_looked_at() -> None:
     elsewhere = mounted("nfs", "/nowhere")
 

@@ -148,6 +148,29 @@ def test_a_command_ends_with_its_first_process_and_takes_the_others_along() -> N
     assert running(word) == []
 
 
+def test_words_values_and_paths_are_handed_over_as_they_are(scratch: Path) -> None:
+    odd = "a\n b\\040 é\udcff"  # the last one is a byte that is no character
+    folder = scratch / odd
+    folder.mkdir()
+
+    _, out, _ = run_sandbox(
+        ["sh", "-c", 'pwd; printf %s "$1$A"; touch x', "sh", odd],
+        cwd=folder,
+        env={"A": odd, "PATH": "/usr/bin:/bin"},
+        filesystem_writable_paths=[folder],
+        extra_mounts=[("/usr/lib", folder / "mount", None, "bind")],
+    )
+
+    assert out == os.fsencode(f"{folder}\n{odd}{odd}")
+    assert names(folder) == ["x"]
+
+
+def test_a_command_may_be_long_but_not_endless() -> None:
+    assert run_sandbox(["true", "x" * 100_000])[0] == 0
+    with pytest.raises(RequestInvalid, match="shorten"):
+        run_sandbox(["true", *["x" * 1000] * 1000])
+
+
 # Where its output goes
 
 
@@ -334,7 +357,7 @@ def reap_orphans() -> bool:
 def test_a_host_without_walls_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
 
-    with pytest.raises(HostUnfit, match="VMS-SANDBOX-PLATFORM"):
+    with pytest.raises(HostUnfit, match="VMS-JAIL-UNSUPPORTED"):
         run_sandbox("true")
 
 

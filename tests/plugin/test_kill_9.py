@@ -26,7 +26,7 @@ from pytest_vmsandbox.lease.entries import CgroupEntry, ProcessEntry
 from pytest_vmsandbox.lease.layout import LEDGER
 from pytest_vmsandbox.lease.ledger import Account, read_ledger
 from pytest_vmsandbox.lease.run_directory import open_run_directory
-from pytest_vmsandbox.linux import prctl_set_child_subreaper
+from pytest_vmsandbox.linux import ProcessIdentity, prctl_set_child_subreaper
 from tests.children import no_child_is_left, remember_children
 from tests.process_trees import (
     Member,
@@ -43,8 +43,8 @@ pytestmark = [pytest.mark.machine, pytest.mark.timeout(1200)]
 MOMENTS = int(os.environ.get("VMSANDBOX_MOMENTS", "12"))
 SEED = int(os.environ.get("VMSANDBOX_SEED") or random.SystemRandom().randrange(1 << 32))
 
-# A run of a victim takes about this long, in seconds, on a quiet host.
-LATEST_S = 5.0
+# A machine of a victim takes about this long, in seconds, from its start to its end.
+LATEST_S = 3.0
 # What execnet gives an xdist worker that has lost its controller, and we an end of a run.
 ENDING_S = 60.0
 
@@ -77,11 +77,16 @@ NEIGHBOUR = """
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Moment:
-    """Which process is killed, how long after the run began, and whether it runs under xdist."""
+    """Which process is killed, how long after there was one of which kind; under xdist or not."""
 
     part: Part
+    since: Part
     after_s: float
     xdist: bool
+
+    def __str__(self) -> str:
+        where = " under xdist" if self.xdist else ""
+        return f"{self.part}, {self.after_s:.2f} s after the first {self.since}{where}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,9 +105,12 @@ def draw(count: int, *, seed: int) -> list[Moment]:
     for _ in range(count):
         xdist = dice.random() < 0.5
         parts = [part for part in Part if part is not Part.OTHER and (xdist or part != Part.WORKER)]
-        moments.append(
-            Moment(part=dice.choice(parts), after_s=dice.uniform(0, LATEST_S), xdist=xdist)
-        )
+        part = dice.choice(parts)
+        # Of pytest itself the time in which there is nothing yet is worth as much as the others.
+        early = (Part.PYTEST, Part.WORKER)
+        since = dice.choice((part, Part.OUTER, Part.VMM)) if part in early else part
+        after_s = dice.uniform(0, LATEST_S)
+        moments.append(Moment(part=part, since=since, after_s=after_s, xdist=xdist))
     return moments
 
 
@@ -260,34 +268,47 @@ def _victim(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes
 
 
 def _strike(scene: Scene, victim: subprocess.Popen[bytes], moment: Moment) -> tuple[Trace, str]:
-    """Kill the process that is meant when its time has come, or pytest when there is none such."""
+    """Kill what is meant when its time has come: says what it was, and when.
+
+    Where the tier has no such process, or the next one does not come any more, it is pytest.
+    """
     began = time.monotonic()
+    _see(victim, moment.since)
     time.sleep(moment.after_s)
+    members = _see(victim, moment.part)
+    trace = Trace(
+        members=members,
+        runs=scene.runs_of(members),
+        namespaces=frozenset().union(*(m.namespaces for m in members)),
+    )
+    pytest_itself = Member(
+        part=Part.PYTEST, identity=ProcessIdentity.of(victim.pid), namespaces=frozenset()
+    )
+    target = next((m for m in members if m.part is moment.part), pytest_itself)
+    with suppress(ProcessLookupError):
+        try:
+            send_signal(target.pid, SIGKILL)
+        except PermissionError:  # sudo itself belongs to root
+            target = pytest_itself
+            send_signal(target.pid, SIGKILL)
+    return trace, f"{target.part} after {time.monotonic() - began:.2f} s ({moment})"
+
+
+def _see(victim: subprocess.Popen[bytes], part: Part) -> list[Member]:
+    """The processes of a run as soon as there is one of that kind, or there never will be."""
     while True:
         members = members_of(victim.pid)
-        trace = Trace(
-            members=members,
-            runs=scene.runs_of(members),
-            namespaces=frozenset().union(*(m.namespaces for m in members)),
-        )
-        target = next((m for m in members if m.part is moment.part), None)
-        if target is None and victim.poll() is None and not _is_late(began):
-            time.sleep(0.005)
-            continue
-        target = target or members[0]
-        with suppress(ProcessLookupError):
-            try:
-                send_signal(target.pid, SIGKILL)
-            except PermissionError:  # sudo itself belongs to root
-                target = members[0]
-                send_signal(target.pid, SIGKILL)
-        after_s = time.monotonic() - began
-        xdist = " under xdist" if moment.xdist else ""
-        return trace, f"{target.part} after {after_s:.2f} s{xdist} ({moment.part} was drawn)"
+        parts = {member.part for member in members}
+        # A warden without sudo in front of it never has one.
+        never = part is Part.SUDO and Part.OUTER in parts and Part.SUDO not in parts
+        if part in parts or never or _has_ended(victim.pid):
+            return members
+        time.sleep(0.005)
 
 
-def _is_late(began: float) -> bool:
-    return time.monotonic() - began > LATEST_S
+def _has_ended(child: int) -> bool:
+    """Whether a child has ended; it is not reaped, so that its pid stays its own."""
+    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def _betrayed(scene: Scene, trace: Trace) -> list[str]:

@@ -67,7 +67,9 @@ def main(words: Sequence[str]) -> int:
     if os.getuid() != 0:
         sys.stderr.write("it takes root: a user is made for each tier\n")
         return 2
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # SIGINT as well: a shell's `&` has it ignored, and so would be Ctrl-C in the tests.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     # What outlives its pytest becomes our child, whoever it runs as.
     prctl_set_child_subreaper(enabled=True)
     image, agent = _prepare()

@@ -20,6 +20,8 @@ SUDO_RULES = {
     "qemu-vm": "{user} ALL=(qemu-vm) NOPASSWD: ALL",
 }
 
+_HANDED_ON = ("VMSANDBOX_SEED", "VMSANDBOX_MOMENTS")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lodging:
@@ -43,7 +45,10 @@ class Lodging:
         return [*as_user(self.user), *map(str, argv)]
 
     def environment(self) -> dict[str, str]:
-        """All of the environment: nothing of ours, of coverage's or of an outer run's."""
+        """All of the environment: nothing of ours, of coverage's or of an outer run's.
+
+        But for what tests/plugin/test_kill_9.py may be told.
+        """
         home = self.place / "home"
         return {
             "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
@@ -55,6 +60,7 @@ class Lodging:
             "HYPOTHESIS_STORAGE_DIRECTORY": str(home / "hypothesis"),
             "VMSANDBOX_TIER": self.tier,
             "VMSANDBOX_CACHE_DIR": str(self.cache),
+            **{name: os.environ[name] for name in _HANDED_ON if name in os.environ},
         }
 
 

@@ -15,8 +15,8 @@ from typing import Self
 
 import pytest
 
-# Rooms whose tests depend on the tier, or on who runs them, though they boot nothing.
-WALLED_ROOMS = ("tests/warden/", "tests/jail/", "tests/lease/")
+# Rooms whose tests depend on the tier though they boot nothing.
+WALLED_ROOMS = ("tests/warden/", "tests/jail/", "tests/escape/")
 
 # Reasons for which a test that needs a machine may skip in any tier.
 _EXPECTED = re.compile(

@@ -34,6 +34,9 @@ PYTHON = Path(sys.executable).resolve()
 TRUE = Path("/usr/bin/true")
 SLEEP = Path("/usr/bin/sleep")
 
+# Control groups are one for the host: other runs make theirs at the same time.
+GROUP = f"test{os.getpid()}"
+
 
 @pytest.fixture(scope="session")
 def tier() -> Tier:

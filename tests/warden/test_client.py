@@ -23,6 +23,7 @@ from pytest_vmsandbox.warden import client
 from pytest_vmsandbox.warden.client import Warden, open_warden
 from pytest_vmsandbox.warden.requests import DESCRIPTORS_AT_MOST, PACKET_BYTES
 from tests.warden.conftest import (
+    GROUP,
     SLEEP,
     TRUE,
     Streams,
@@ -59,11 +60,10 @@ def fill(line: socket.socket) -> None:
 async def nothing_runs(warden: Warden) -> None:
     """Return once the warden holds no process, and the client remembers none."""
     inner = inner_of(warden)
+    await run(warden, order(TRUE))  # what was asked for before has been done
     await until(lambda: not children_of(inner))
-    await run(warden, order(TRUE))  # whatever was to be said before it has been said
-    assert not warden._processes
+    await until(lambda: not (warden._processes or warden._abandoned))
     assert not warden._early
-    assert not warden._abandoned
     assert not warden._waiting
 
 
@@ -174,10 +174,10 @@ async def test_two_hundred_launches_cost_the_warden_nothing_that_lasts(warden: W
         return descriptors, int(line)
 
     for _ in range(20):
-        await run(warden, order(TRUE, group="m1"))
+        await run(warden, order(TRUE, group=GROUP))
     descriptors, rss_kib = held()
     for _ in range(200):
-        assert (await run(warden, order(TRUE, group="m1")))[0] == 0
+        assert (await run(warden, order(TRUE, group=GROUP)))[0] == 0
     descriptors_after, rss_kib_after = held()
 
     assert descriptors_after == descriptors

@@ -25,7 +25,7 @@ from pytest_vmsandbox.warden.requests import (
     parse_request,
 )
 from pytest_vmsandbox.warden.steps import Bind, render_step
-from tests.warden.conftest import SLEEP, TRUE, RawLine, children_of, inner_of, order
+from tests.warden.conftest import GROUP, SLEEP, TRUE, RawLine, children_of, inner_of, order
 from tests.warden.test_requests import CONNECT, OPEN_FILE, SIGNAL, WRONG, form_of
 
 REQUESTS = int(os.environ.get("VMSANDBOX_TEST_FUZZED", "100000"))
@@ -74,7 +74,7 @@ class Fuzzer:
         self.valid = 0
         self.launch: dict[str, Any] = {
             "number": 5,
-            **form_of(order(TRUE, str(folder), room=None, cwd=str(folder))),
+            **form_of(order(TRUE, str(folder), room=None, cwd=str(folder), group=GROUP)),
         }
         self.launch["steps"] = [
             *({"step": "tmpfs", "target": "/", "size_mib": 1, "mode": 0o755},),
@@ -259,7 +259,9 @@ def state_of(raw: RawLine, folder: Path, ours: list[str]) -> State:
         descriptors=descriptors,
         mounts=_mounts_of(inner),
         groups=[
-            str(path) for parent in raw.greeting["groups"] for path in Path(parent).glob("*m1*")
+            parent
+            for parent in raw.greeting["groups"]
+            if (Path(parent) / f"vmsandbox-{GROUP}").exists()
         ],
         ours=ours,
         files={
@@ -289,7 +291,7 @@ def test_no_request_does_more_than_it_says(
 
         launched = fuzz(raw, fuzzer)
 
-        raw.send({"number": 2, **form_of(order(TRUE, group="m1"))}, odd[:1] * 3)
+        raw.send({"number": 2, **form_of(order(TRUE, group=GROUP))}, odd[:1] * 3)
         answer = raw.receive()
         assert answer["number"] == 2
         assert raw.receive() == {"ended": answer["process"], "returncode": 0}

@@ -9,15 +9,15 @@ import pytest
 
 from pytest_vmsandbox.warden.client import Warden
 from pytest_vmsandbox.warden.requests import Limits
-from tests.warden.conftest import SLEEP, TRUE, Streams, order, python, see
+from tests.warden.conftest import GROUP, SLEEP, TRUE, Streams, order, python, see
 
 
 async def test_it_is_in_a_group_of_its_own_which_is_gone_afterwards(warden: Warden) -> None:
     if not warden.greeting.groups:
         pytest.skip("this user can't make control groups")
     limits = Limits(memory_bytes=64 << 20, processes=20)
-    ordered = order(SLEEP, "60", group="group-1", limits=limits)
-    groups = [Path(parent) / "vmsandbox-group-1" for parent in warden.greeting.groups]
+    ordered = order(SLEEP, "60", group=GROUP, limits=limits)
+    groups = [Path(parent) / f"vmsandbox-{GROUP}" for parent in warden.greeting.groups]
     with Streams() as streams:
         async with warden.launch(ordered, streams.descriptors) as process:
             for group in groups:
@@ -48,17 +48,17 @@ except OSError as error:
 """
     limits = Limits(processes=12)
 
-    assert await see(warden, python(script, group="group-1", limits=limits)) == [11, errno.EAGAIN]
+    assert await see(warden, python(script, group=GROUP, limits=limits)) == [11, errno.EAGAIN]
 
 
 async def test_a_group_s_name_serves_one_at_a_time(warden: Warden) -> None:
     if not warden.greeting.groups:
         pytest.skip("this user can't make control groups")
     with Streams() as streams:
-        async with warden.launch(order(SLEEP, "60", group="twice"), streams.descriptors) as first:
+        async with warden.launch(order(SLEEP, "60", group=GROUP), streams.descriptors) as first:
             with pytest.raises(FileExistsError):
-                async with warden.launch(order(TRUE, group="twice"), streams.descriptors):
+                async with warden.launch(order(TRUE, group=GROUP), streams.descriptors):
                     pass
             for parent in warden.greeting.groups:
-                members = (Path(parent) / "vmsandbox-twice" / "cgroup.procs").read_text()
+                members = (Path(parent) / f"vmsandbox-{GROUP}" / "cgroup.procs").read_text()
                 assert members.split() == [str(first.pid)]

@@ -60,7 +60,7 @@ def checked(name: str, result: int) -> int:
 
 
 def passes(name: str, *words: Word, harmless: int) -> str:
-    """Ask for nonsense: who may not ask gets EPERM, who may is told `harmless`, and nothing is done."""
+    """Ask for nonsense: who may ask is told `harmless`, anybody else EPERM; nothing is done."""
     try:
         syscall(name, *words)
     except OSError as error:

@@ -14,7 +14,9 @@ from tests.escape.attempts.table import Targets, attempt
 _F_SETLEASE = 1024
 _FS_IOC_GETFLAGS, _FS_IOC_SETFLAGS = 0x80086601, 0x40086602
 _IN_ACCESS = 1
-_READABLE = "whoever may read a file may lock it; nothing of ours locks what it hands to a VMM"
+_READABLE = (
+    "whoever may read a file may keep others from locking it; nothing of ours locks an image"
+)
 
 
 def _opened(targets: Targets) -> int:
@@ -107,7 +109,7 @@ def image_fallocate(targets: Targets) -> str:
     return "behind its end"
 
 
-@attempt("lock the image (flock) against all others", not_apart=_READABLE)
+@attempt("lock the image (flock) against all others")
 def image_flock(targets: Targets) -> str:
     fd = os.open(targets.image, os.O_RDONLY)
     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -128,7 +130,7 @@ def image_lease(targets: Targets) -> str:
 
 @attempt(
     "watch who else reads the image (inotify)",
-    not_apart="whoever may read a file may watch it: when other machines open the same image is seen",
+    not_apart="whoever may read a file may watch it: it is seen when others read the same image",
 )
 def image_watched(targets: Targets) -> str:
     watcher = libc("inotify_init")
@@ -136,7 +138,7 @@ def image_watched(targets: Targets) -> str:
     return "watched it"
 
 
-@attempt("share the image's descriptor's owner: signals to a process of the host")
+@attempt("have the kernel signal a process of the host for the image (F_SETOWN)")
 def image_signal_owner(targets: Targets) -> str:
     fd = os.open(targets.image, os.O_RDONLY)
     libc("fcntl", fd, fcntl.F_SETOWN, targets.victim)

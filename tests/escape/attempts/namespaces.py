@@ -183,9 +183,7 @@ def fsopen(targets: Targets) -> str:
 
 @attempt("change the attributes of a mount (mount_setattr)")
 def mount_setattr(targets: Targets) -> str:
-    nothing = bytes(32)
     clear_read_only = bytes(8) + (1).to_bytes(8, "little") + bytes(16)
-    del nothing
     syscall("mount_setattr", _AT_FDCWD, b"/", 0, clear_read_only, len(clear_read_only))
     return "/ is writable"
 

@@ -11,7 +11,12 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.escape.attempts.calls import libc
 from tests.escape.attempts.resources import besiege
+
+GIFT = "a hundred descriptors for you"
+
+_PR_SET_PDEATHSIG = 1
 
 SECRET = "what a machine keeps for itself\n"
 
@@ -43,7 +48,7 @@ def siege(room: Path) -> None:
 
 def planter(room: Path, listener: str, secret: str) -> None:
     """Put traps where the warden and pytest will look, and wait."""
-    for name, put in _TRAPS.items():
+    for name, put in (_TRAPS | _GIFTS).items():
         put(str(room / name), listener, secret)
     (room / "planted").write_text("all of them")
     while True:
@@ -53,6 +58,7 @@ def planter(room: Path, listener: str, secret: str) -> None:
 def _socket_of_a_child(path: str, listener: str, secret: str) -> None:
     ready, done = os.pipe()
     if os.fork() == 0:
+        libc("prctl", _PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         with socket.socket(socket.AF_UNIX) as sock:
             sock.bind(path)
             sock.listen()
@@ -77,6 +83,22 @@ def _full_socket(path: str, listener: str, secret: str) -> None:
     waiting = socket.socket(socket.AF_UNIX)
     waiting.connect(path)
     _KEPT.append(waiting)
+
+
+def _gift_socket(path: str, listener: str, secret: str) -> None:
+    sock = socket.socket(socket.AF_UNIX)
+    sock.bind(path)
+    sock.listen()
+    threading.Thread(target=_give, args=(sock,), daemon=True).start()
+
+
+def _give(sock: socket.socket) -> None:
+    while True:
+        asked, _ = sock.accept()
+        with asked:
+            folder = os.open("/", os.O_RDONLY)
+            socket.send_fds(asked, [GIFT.encode()], [folder] * 100)
+            os.close(folder)
 
 
 def _file(path: str, listener: str, secret: str) -> None:
@@ -105,4 +127,5 @@ _TRAPS: dict[str, Callable[[str, str, str], None]] = {
 }
 
 TRAPS = tuple(_TRAPS)
+_GIFTS = {"gift-socket": _gift_socket}
 ROLES: dict[str, Callable[..., None]] = {"neighbour": neighbour, "siege": siege, "planter": planter}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import subprocess
 import time
@@ -103,12 +102,10 @@ def personality(targets: Targets) -> str:
     return "changed it"
 
 
-@attempt("make the kernel spare it when memory is short")
+@attempt("make the kernel spare it when memory is short", by_host=True)
 def spare_me(targets: Targets) -> str:
     with open("/proc/self/oom_score_adj", "r+") as file:
         lower = int(file.read()) - 1
         file.seek(0)
         file.write(str(lower))
     return f"it is at {lower}"
-
-

@@ -117,7 +117,7 @@ def pidfd(targets: Targets) -> str:
 
 @attempt("take a descriptor out of another process (pidfd_getfd)")
 def pidfd_getfd(targets: Targets) -> str:
-    # Of its own parent, who is the runner of these attempts: so that nothing but the call counts.
+    # Out of its own child, so that nothing but the call counts.
     holder = os.fork()
     if holder == 0:
         signal.pause()
@@ -141,7 +141,11 @@ def priority(targets: Targets) -> str:
     return "it is slower now"
 
 
-@attempt("slow down all processes of the same user", harmful=True)
+@attempt(
+    "slow down all processes of the same user",
+    harmful=True,
+    unproved="it would slow down those of whoever runs the tests",
+)
 def priority_of_user(targets: Targets) -> str:
     # Of our own processes it is our own matter: the test looks whether others became slower.
     os.setpriority(os.PRIO_USER, os.getuid(), 5)
@@ -177,7 +181,7 @@ def limit_victim(targets: Targets) -> str:
     return "set its limit to what it was"
 
 
-@attempt("raise a limit of its own")
+@attempt("raise a limit of its own", by_host=True)
 def raise_limit(targets: Targets) -> str:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     libc("setrlimit", resource.RLIMIT_NOFILE, struct.pack("LL", hard + 1, hard + 1))

@@ -22,7 +22,7 @@ from tests.escape.attempts import (
     processes,
     resources,
 )
-from tests.escape.attempts.table import ATTEMPTS, Attempt, Refused, Targets
+from tests.escape.attempts.table import ATTEMPTS, RESULTS, Attempt, Refused, Targets
 
 SUBJECTS = (
     files,
@@ -56,11 +56,11 @@ def _in_a_child(attempt: Attempt, targets: Targets) -> dict[str, str]:
     child = os.fork()
     if child == 0:
         os.close(results)
-        os.dup2(told, 1000)  # the number that `descriptors` does not look at
+        os.dup2(told, RESULTS)
         os.close(told)
         signal.alarm(_ATTEMPT_S)
         answer = json.dumps(_tried(attempt, targets)).encode()
-        os.write(1000, answer[:4000])
+        os.write(RESULTS, answer[:4000])
         os._exit(0)
     os.close(told)
     answer = b"".join(iter(lambda: os.read(results, 4096), b""))

@@ -7,8 +7,11 @@ and with nothing but the standard library.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
+
+# The descriptor by which an attempt tells what came of it; the only one of the suite's own.
+RESULTS = 500
 
 
 class Refused(Exception):
@@ -62,8 +65,9 @@ class Attempt:
     """One thing to try. It returns what was got, or raises OSError or Refused.
 
     `not_apart` says why walls do not stop it, and `not_apart_in` in which tiers (all, where it is
-    empty). `harmful` attempts are made behind walls only. `unproved` says why it gets out nowhere,
-    not even without walls; `by_host` that this depends on what the host has and allows.
+    empty); with `bounded_by`, they do stop it where this controller of control groups is to be had.
+    `harmful` attempts are made behind walls only. `unproved` says why it gets out nowhere, not
+    even without walls; `by_host` that this depends on what the host has and allows.
     """
 
     name: str
@@ -72,9 +76,16 @@ class Attempt:
     subject: str
     not_apart: str
     not_apart_in: tuple[str, ...]
+    bounded_by: str
     harmful: bool
     unproved: str
     by_host: bool
+
+    def gets_out_of(self, tier: str, *, limits: Collection[str]) -> bool:
+        """Whether the walls of a tier that sets these limits let it pass, as is known."""
+        if self.bounded_by:
+            return self.bounded_by not in limits
+        return bool(self.not_apart) and (not self.not_apart_in or tier in self.not_apart_in)
 
 
 ATTEMPTS: dict[str, Attempt] = {}
@@ -85,6 +96,7 @@ def attempt(
     *,
     not_apart: str = "",
     not_apart_in: tuple[str, ...] = (),
+    bounded_by: str = "",
     harmful: bool = False,
     unproved: str = "",
     by_host: bool = False,
@@ -101,6 +113,7 @@ def attempt(
             subject=run.__module__.rpartition(".")[2],
             not_apart=not_apart,
             not_apart_in=not_apart_in,
+            bounded_by=bounded_by,
             harmful=harmful,
             unproved=unproved,
             by_host=by_host,
