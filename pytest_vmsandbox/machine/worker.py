@@ -10,7 +10,7 @@ import os
 import platform
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import count
 from pathlib import Path
@@ -38,6 +38,8 @@ from pytest_vmsandbox.machine.controller import MachineController
 from pytest_vmsandbox.machine.engine import Engine
 from pytest_vmsandbox.machine.recorded import RecordedLauncher
 from pytest_vmsandbox.machine.spec import MachineSpec
+from pytest_vmsandbox.machine.template_cache import TemplateCache
+from pytest_vmsandbox.machine.templates import Templates
 from pytest_vmsandbox.machine.walled import WalledLauncher
 from pytest_vmsandbox.machine.walls import Walls
 from pytest_vmsandbox.vmm.bare import BareLauncher
@@ -74,6 +76,7 @@ class Worker:
         self._booting = asyncio.Semaphore(os.cpu_count() or 1)
         self._facts: HostFacts | None = None
         self._walls = Walls()
+        self._templates = Templates(TemplateCache(settings.cache_dir), progress=self._progress)
 
     @property
     def facts(self) -> HostFacts:
@@ -150,6 +153,7 @@ class Worker:
                 self.engine.run(self._walls.close())  # which kills what still runs
         finally:
             self.engine.close()
+            self._templates.close()
             self._acquired.close()
 
     async def _boot(self, machine: MachineController) -> None:
@@ -181,17 +185,18 @@ class Worker:
             cpus=spec.cpus,
             read_only_disks={MODULES_SERIAL: image.modules} if image.modules else {},
         )
-        return MachineController(
-            Build(
-                id=f"{self.directory.id}-{self.settings.id}-m{number}",
-                config=config,
-                launcher=await self._launcher(tier),
-                tier=tier,
-                image=image.name,
-                image_digest=image.digest,
-                time_scale=self.settings.timeout_scale * facts.time_scale,
-            )
+        build = Build(
+            id=f"{self.directory.id}-{self.settings.id}-m{number}",
+            config=config,
+            launcher=await self._launcher(tier),
+            tier=tier,
+            image=image.name,
+            image_digest=image.digest,
+            time_scale=self.settings.timeout_scale * facts.time_scale,
         )
+        if spec.lifecycle == "restored":
+            build = replace(build, frozen=await self._templates.frozen(build))
+        return MachineController(build)
 
     async def _launcher(self, tier: Tier) -> Launcher:
         ledger = self.directory.ledger
