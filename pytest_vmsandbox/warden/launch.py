@@ -280,14 +280,15 @@ def _only_readable(descriptor: int, path: str) -> int:
     """A descriptor of the same file through which, and from which, it can't be written.
 
     Whoever owns a file may open it anew for writing through /proc/self/fd, so it is opened
-    through a mount of its own that is read-only. Where the path is out of our reach, the file is
-    not ours either: then it is enough that others may read it, and not write it.
+    through a mount of its own that is read-only. Where the path is out of our reach, the file must
+    be somebody else's: then it is enough that others may read it, and not write it.
     """
     try:
         mount = open_tree(path, OpenTreeFlags.OPEN_TREE_CLONE)
     except (PermissionError, FileNotFoundError):
         link = f"/proc/self/fd/{descriptor}"
-        if not os.access(link, os.R_OK) or os.access(link, os.W_OK):
+        is_ours = os.fstat(descriptor).st_uid == os.getuid()  # we could change its mode
+        if is_ours or not os.access(link, os.R_OK) or os.access(link, os.W_OK):
             sentence = "others must be able to read it, not to write it"
             raise OSError(errno.EACCES, sentence, path) from None
         return descriptor

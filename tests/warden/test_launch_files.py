@@ -64,6 +64,22 @@ async def test_a_file_without_a_path_is_handed_over_as_it_is_open(
     assert path.read_text() == "text"
 
 
+async def test_a_file_of_its_own_user_s_that_has_left_its_path_is_refused(
+    warden: Warden, scratch: Path
+) -> None:
+    path = scratch / "file"
+    path.write_text("precious")
+    path.chmod(0o444)  # which its owner can change
+    if os.getuid() == 0:
+        os.chown(path, warden.greeting.uid, -1)
+    elif warden.greeting.uid != os.getuid():
+        pytest.skip("takes a file of the user of VMMs")
+    with path.open() as file:
+        path.rename(scratch / "elsewhere")
+        with pytest.raises(PermissionError, match=str(path)):
+            await run(warden, order(TRUE, files=(str(path),)), [file.fileno()])
+
+
 async def test_another_file_at_the_path_is_refused(warden: Warden, scratch: Path) -> None:
     path = scratch / "file"
     path.write_text("one")
