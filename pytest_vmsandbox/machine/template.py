@@ -1,8 +1,8 @@
 """A template: a machine that was booted once and frozen, as a directory that never changes.
 
-    memory          the guest's RAM, sparse
-    state           the state of its devices, as QEMU writes it for a migration
-    manifest.json   what it was made of and how long and which content both must have
+memory          the guest's RAM, sparse
+state           the state of its devices, as QEMU writes it for a migration
+manifest.json   what it was made of and how long and which content both must have
 """
 
 from __future__ import annotations
