@@ -6,7 +6,7 @@ READY := .venv/ready
 SOURCES := pytest_vmsandbox tests examples benchmarks conftest.py hatch_build.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format lint types layers docs bench interpreters clean
+.PHONY: help demo test tiers check format lint types layers docs bench interpreters clean
 
 help:  ## print the targets
 	@sed -n 's/^\([a-z-]*\):.*##/\1:/p' $(MAKEFILE_LIST) | column -t -s:
@@ -21,6 +21,9 @@ demo: $(READY)  ## install what is missing, build the default image, run example
 
 test: $(READY)  ## the same set-up, then the whole suite, with coverage
 	$(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term --durations=15
+
+tiers: $(READY)  ## the suite in each tier, as a user made for it; takes root (TIER="userns bare", WHOLE=1)
+	$(BIN)/python -m tests.tiers $(TIER) $(if $(WHOLE),--whole)
 
 check: $(READY) format lint types layers interpreters test  ## everything that a change must pass
 	$(BIN)/pytest examples -n 2

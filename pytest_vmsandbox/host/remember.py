@@ -25,7 +25,7 @@ from pytest_vmsandbox.host.facts import Fact, HostFacts, Verdict
 from pytest_vmsandbox.host.setup_record import RECORD
 
 # Grows with every change of a probe, so that nothing an older one said is believed.
-PROBES_VERSION = 2
+PROBES_VERSION = 3
 
 _DISTRIBUTION = "pytest-vmsandbox"
 
@@ -42,6 +42,7 @@ class Key:
     boot_id: str
     uid: int
     groups: tuple[int, ...]
+    capabilities: str  # the effective ones: root in a container may have few
     search_path: str
     run_device: int  # the file system of the run directory; its name changes with each run
     qemu: tuple[str, int, int]  # path, mtime in ns, size
@@ -63,6 +64,7 @@ def key_of(*, qemu: Path | None, search_path: str, run_dir: Path) -> Key:
         boot_id=read_boot_id(),
         uid=os.getuid(),
         groups=tuple(sorted(os.getgroups())),
+        capabilities=_effective_capabilities(),
         search_path=search_path,
         run_device=run_dir.stat().st_dev,
         qemu=_identity(qemu),
@@ -122,6 +124,14 @@ async def surveying_alone(cache_dir: Path, key: Key, *, deadline: Deadline) -> A
 def is_final(kvm: Fact) -> bool:
     """Whether KVM needs no kernel to be tried on it any more."""
     return kvm.verdict is not Verdict.UNCONFIRMED
+
+
+def _effective_capabilities() -> str:
+    """The line of proc_pid_status(5) that tells them; empty where there is no such file."""
+    with suppress(OSError):
+        lines = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace")
+        return next((line for line in lines.splitlines() if line.startswith("CapEff:")), "")
+    return ""
 
 
 def _our_version() -> str:

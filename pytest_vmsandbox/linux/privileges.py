@@ -49,16 +49,23 @@ def drop_all_capabilities() -> None:
 
 def _empty_bounding_set() -> None:
     number = 0
-    while True:
-        try:
-            held = prctl(PrctlOption.PR_CAPBSET_READ, number)
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-            return  # beyond the last one that this kernel knows
-        if held:
-            prctl(PrctlOption.PR_CAPBSET_DROP, number)
+    while _is_dropped(number):
         number += 1
+
+
+def _is_dropped(number: int) -> bool:
+    """Take one out of the bounding set; False beyond the last one that this kernel knows."""
+    try:
+        try:
+            prctl(PrctlOption.PR_CAPBSET_DROP, number)
+        except PermissionError:
+            if prctl(PrctlOption.PR_CAPBSET_READ, number):
+                raise
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return False
+    return True
 
 
 def _lock_secure_bits() -> None:

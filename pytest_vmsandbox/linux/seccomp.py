@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from pytest_vmsandbox.linux.clone import CloneFlags
 from pytest_vmsandbox.linux.prctl import PrctlOption, prctl, prctl_set_no_new_privs
@@ -245,16 +246,28 @@ def deny_system_calls(names: Iterable[str] = CALLS_NO_VMM_NEEDS) -> bool:
     OSError where the kernel has no seccomp filters. Source: seccomp(2), Linux 3.5.
     """
     place = _place_of_this_machine()
-    instructions = None if place is None else list(_render(tuple(names), place))
-    if instructions is None:
+    if place is None:
         return False
+    steps = _steps(tuple(names), place)
     prctl_set_no_new_privs()
-    steps = (_SockFilter * len(instructions))(
-        *(_SockFilter(step.code, step.jt, step.jf, step.k) for step in instructions)
-    )
-    program = _SockFprog(len(instructions), steps)
+    program = _SockFprog(len(steps), steps)
     prctl(PrctlOption.PR_SET_SECCOMP, _MODE_FILTER, ctypes.addressof(program))
     return True
+
+
+def prepare_to_deny_system_calls(names: Iterable[str] = CALLS_NO_VMM_NEEDS) -> None:
+    """Make the filter now: a child that is forked from here then only installs it."""
+    place = _place_of_this_machine()
+    if place is not None:
+        _steps(tuple(names), place)
+
+
+@cache
+def _steps(names: tuple[str, ...], place: int) -> ctypes.Array[_SockFilter]:
+    instructions = list(_render(names, place))
+    return (_SockFilter * len(instructions))(
+        *(_SockFilter(step.code, step.jt, step.jf, step.k) for step in instructions)
+    )
 
 
 def _place_of_this_machine() -> int | None:

@@ -36,6 +36,9 @@ OPEN_FILES = 640
 # What a VMM may write to any one file: its log is the only one that is the host's.
 FILE_BYTES = 64 << 20
 
+# Nobody listens; or the VMM has ended, of which whoever watches it tells more.
+_NOT_YET = (FileNotFoundError, ConnectionRefusedError, BlockingIOError, ProcessLookupError)
+
 # A 64-bit QEMU reserves address space that it never uses: 3 GiB for arenas and caches, seen.
 RESERVED_BYTES = 6 << 30
 
@@ -63,7 +66,7 @@ class WalledProcess:
         while True:
             try:
                 sock = await self._process.connect(name)
-            except (FileNotFoundError, ConnectionRefusedError, BlockingIOError) as error:
+            except _NOT_YET as error:
                 if deadline.passed:
                     raise deadline.timed_out(f"the VMM listening on {name}", str(error)) from None
                 await asyncio.sleep(min(RETRY_S, deadline.left_s))

@@ -83,7 +83,7 @@ class JailedProcess:
         """A connected, non-blocking socket to the one called `name` in its room.
 
         Whose it is has to be verified. FileNotFoundError or ConnectionRefusedError: nobody
-        listens there yet.
+        listens there yet. ProcessLookupError: it has ended.
         """
         _, descriptors = await self._warden.ask(
             {"request": "connect", "process": self.number, "socket": name}

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pytest_vmsandbox.linux.mountinfo import MountInfo, read_mountinfo
+from pytest_vmsandbox.linux.owned_fd import OwnedFd
 from pytest_vmsandbox.warden.requests import Limits
 
 # What limits a group, by controller, in the two forms.
@@ -64,7 +65,7 @@ class Group:
                 path.mkdir()
                 self.paths.append(path)
                 for file, amount in hierarchy.amounts(limits).items():
-                    (path / file).write_text(str(amount), encoding="ascii")
+                    _write(path / file, amount)
         except BaseException:
             self.close()
             raise
@@ -76,14 +77,19 @@ class Group:
             # every fork of the host waiting for an RCU grace period, 10 ms and more (kernel
             # commit 9a3284fad42f, Linux 5.6).
             tasks = path / "tasks"
-            entrance = tasks if tasks.exists() else path / "cgroup.procs"
-            entrance.write_text("0", encoding="ascii")
+            _write(tasks if tasks.exists() else path / "cgroup.procs", 0)
 
     def close(self) -> None:
         """Remove it; its processes must have ended. A group that resists stays for the reaper."""
         for path in self.paths:
             with suppress(OSError):
                 path.rmdir()
+
+
+def _write(file: Path, number: int) -> None:
+    """Write a number as the kernel takes it: at once."""
+    with OwnedFd(os.open(file, os.O_WRONLY | os.O_CLOEXEC)) as descriptor:
+        os.write(descriptor, b"%d" % number)
 
 
 def _candidates() -> list[Hierarchy]:

@@ -17,6 +17,7 @@ import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NoReturn
 
 from pytest_vmsandbox.deadline import Deadline
@@ -35,7 +36,7 @@ from pytest_vmsandbox.linux.owned_fd import OwnedFd
 from pytest_vmsandbox.linux.pidfd import pidfd_open, pidfd_send_signal, pidfd_wait_exit
 from pytest_vmsandbox.linux.prctl import prctl_set_no_new_privs
 from pytest_vmsandbox.linux.privileges import drop_all_capabilities
-from pytest_vmsandbox.linux.seccomp import deny_system_calls
+from pytest_vmsandbox.linux.seccomp import deny_system_calls, prepare_to_deny_system_calls
 from pytest_vmsandbox.warden.requests import Launch, Limits, Network, Who
 from pytest_vmsandbox.warden.view import View
 
@@ -99,6 +100,7 @@ def launch(
     We must be pid 1 of a pid namespace, so that the process becomes our child. Returns once the
     program itself runs; raises LaunchFailed, and then nothing of it is left.
     """
+    prepare_to_deny_system_calls()
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.settimeout(LAUNCH_S)
     with ours:
@@ -217,6 +219,7 @@ class _Stage:
 
     def _unshare(self) -> None:
         signal.set_wakeup_fd(-1)  # the warden's, for its own children
+        self._let_go()
         self._confine()
         user = self._user
         if user.groups is not None:
@@ -227,6 +230,15 @@ class _Stage:
         self._wait_to_go()  # our user is mapped
         os.setresgid(user.gid, user.gid, user.gid)
         os.setresuid(user.uid, user.uid, user.uid)
+
+    def _let_go(self) -> None:
+        """Close what is the warden's: its line, and what it holds of others; its log stays open.
+
+        A source of the view may be called /proc/self/fd/N.
+        """
+        kept = sorted({1, 2, *self._descriptors, self._line.fileno()})
+        for below, above in pairwise([-1, *kept, os.sysconf("SC_OPEN_MAX")]):
+            os.closerange(below + 1, above)
 
     def _become(self) -> None:
         """Build the view, put up the walls, and turn into the program."""

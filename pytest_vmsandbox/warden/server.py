@@ -183,7 +183,8 @@ class Server:
         return {pid: held.launched.pidfd for pid, held in self._held.items()}
 
     def _room(self, request: Connect | OpenFile) -> OwnedFd:
-        self._process(request.process)
+        if request.process not in self._held:  # it may just have ended: whoever asks can't know
+            raise ProcessLookupError(errno.ESRCH, f"there is no process {request.process} here")
         room = self._held[request.process].launched.room
         if room is None:
             raise RequestInvalid(f"process {request.process} was launched without a room")

@@ -35,6 +35,9 @@ PYTHON = "/usr/bin/python3"
 MEMORY_MIB = 1024
 
 _MAIN = "from tests.escape.attempts.run import start\nstart()\n"
+# The machines beside the hostile one, of the same worker and of another; their shared memory.
+_KEYS = {"beside": 0x57000000 | os.getpid(), "elsewhere": 0x58000000 | os.getpid()}
+
 _PACKAGES = ("tests/", "tests/escape/", "tests/escape/attempts/")
 
 
@@ -58,7 +61,7 @@ class Ground:
         role, *rest = words
         room = () if role == "attempts" else (str(seen.directory),)
         return LaunchRequest(
-            id=name,
+            id=f"escape-{os.getpid()}-{name}",  # groups are named so, for the whole host
             argv=[PYTHON, "-I", "-S", str(seen.files[self.program]), role, *room, *rest],
             directory=directory,
             log=self.directory / "run" / f"{name}.log",
@@ -119,11 +122,18 @@ async def neighbours(place: Ground) -> AsyncIterator[dict[str, VmmProcess]]:
     """Another machine of the same worker, and one of another worker; both answer."""
     async with AsyncExitStack() as stack:
         found: dict[str, VmmProcess] = {}
-        for name, launcher in zip(("beside", "elsewhere"), place.launchers, strict=True):
-            request = place.request(name, "neighbour")
+        if place.warden is None:  # then nothing else takes their shared memory away
+            stack.callback(victims.remove_shared_memory, _KEYS.values())
+        for name, launcher in zip(_KEYS, place.launchers, strict=True):
+            words = ("neighbour", _abstract_name(name), str(_KEYS[name]))
+            request = place.request(name, *words)
             found[name] = await stack.enter_async_context(launcher.launch(request))
             assert await ask(found[name]) == SECRET
         yield found
+
+
+def _abstract_name(name: str) -> str:
+    return f"vmsandbox-escape-{os.getpid()}-{name}"
 
 
 async def ask(process: VmmProcess) -> str:
@@ -157,6 +167,8 @@ async def attempts(tier: Tier) -> dict[str, object]:
                 neighbour_files=tuple(place.path_of(name, "secret") for name in beside),
                 neighbour_sockets=tuple(place.path_of(name, "qmp.sock") for name in beside),
                 neighbours=tuple(process.pid for process in beside.values()),
+                neighbour_names=tuple(_abstract_name(name) for name in beside),
+                neighbour_keys=tuple(_KEYS.values()),
                 victim=victim,
                 driver=os.getpid(),
                 warden=place.warden.pid if place.warden else os.getppid(),
@@ -297,7 +309,8 @@ async def _read_file(process: VmmProcess, name: str) -> str:
 
 
 async def _another(place: Ground, launcher: Launcher) -> str:
-    request = place.request(f"late{len(list((place.directory / 'run').iterdir()))}", "neighbour")
+    name = f"late{len(list((place.directory / 'run').iterdir()))}"
+    request = place.request(name, "neighbour", _abstract_name(name), str(_KEYS["beside"]))
     async with launcher.launch(request) as process:
         return await ask(process)
 

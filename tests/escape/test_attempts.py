@@ -9,6 +9,9 @@ from tests.escape.attempts.others import SECRET
 from tests.escape.attempts.table import ATTEMPTS
 from tests.escape.conftest import WALLED, Arena, Place
 
+# Those that are not left to the host, and do no harm where they succeed.
+PROVED = [name for name, one in ATTEMPTS.items() if not one.by_host and not one.unproved]
+
 
 @pytest.mark.parametrize("place", WALLED)
 def test_only_what_is_known_gets_out_of_walls(arena: Arena, place: Place) -> None:
@@ -20,7 +23,8 @@ def test_only_what_is_known_gets_out_of_walls(arena: Arena, place: Place) -> Non
 
     assert set(results) == set(ATTEMPTS)
     assert {name: results[name]["detail"] for name in got_out - known} == {}
-    assert {name: results[name]["detail"] for name in known - got_out} == {}
+    certain = {name for name in known if not ATTEMPTS[name].by_host}
+    assert {name: results[name]["detail"] for name in certain - got_out} == {}
 
 
 @pytest.mark.parametrize("place", WALLED)
@@ -46,13 +50,21 @@ def test_each_attempt_was_made_to_its_end(arena: Arena, place: Place) -> None:
     assert left_out == (set() if place.has_walls else harmful)
 
 
-@pytest.mark.parametrize("name", [name for name, one in ATTEMPTS.items() if not one.by_host])
+@pytest.mark.parametrize("name", PROVED)
 def test_an_attempt_succeeds_where_there_are_no_walls(arena: Arena, name: str) -> None:
-    if reason := ATTEMPTS[name].unproved:
-        pytest.skip(f"VMS-TEST-UNPROVED: {reason}")
-    bare = [arena("attempts", place) for place in (Place.BARE, Place.BARE_AS_ROOT)]
+    if arena("attempts", Place.BARE).form["results"][name]["verdict"] == "gets out":
+        return
 
-    assert "gets out" in {outcome.form["results"][name]["verdict"] for outcome in bare}
+    as_root = arena("attempts", Place.BARE_AS_ROOT).form["results"][name]
+
+    assert as_root["verdict"] == "gets out", as_root["detail"]
+
+
+def test_few_attempts_succeed_nowhere() -> None:
+    unproved = [one for one in ATTEMPTS.values() if one.unproved]
+
+    assert len(unproved) < 10
+    assert {one.name for one in ATTEMPTS.values() if one.harmful} <= {one.name for one in unproved}
 
 
 def test_the_host_would_notice_what_gets_out(arena: Arena) -> None:

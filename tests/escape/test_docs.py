@@ -66,3 +66,7 @@ def test_the_page_says_why_something_is_not_kept_apart() -> None:
     assert open_ones
     for name, reason in open_ones.items():
         assert f"`{name}`: {reason}" in page, name
+
+
+def test_the_page_counts_the_attempts() -> None:
+    assert f"It makes {len(ATTEMPTS)} attempts" in PAGE.read_text()

@@ -10,7 +10,7 @@ import socket
 import stat
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,6 +137,12 @@ def ipc_objects() -> Iterator[int]:
         queue = libc("msgget", key, _IPC_CREAT | 0o600)
         undo.callback(libc, "msgctl", queue, _IPC_RMID, None)
         yield key
+
+
+def remove_shared_memory(keys: Iterable[int]) -> None:
+    """Take away what outlives the processes that made it."""
+    for key in keys:
+        libc("shmctl", libc("shmget", key, 0, 0), _IPC_RMID, None)
 
 
 @contextmanager

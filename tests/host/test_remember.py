@@ -49,6 +49,7 @@ def test_facts_are_recalled_under_their_key(tmp_path: Path, key: Key, verdict: V
         {"boot_id": "another"},
         {"uid": 4242},
         {"groups": (1, 2, 3)},
+        {"capabilities": "CapEff:\t0"},
         {"search_path": "/usr/bin"},
         {"run_device": -1},
         {"qemu": ("/other", 1, 1)},

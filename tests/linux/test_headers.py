@@ -171,7 +171,7 @@ def test_numbers_of_denied_and_checked_calls_are_those_of_the_headers(
         for name, numbers in seccomp._DENIED.items()
         if (number := numbers[place]) is not None
     }
-    checked = ("ioctl", "clone", "clone3", "personality", "socket", "socketpair")
+    checked = ("ioctl", "fcntl", "clone", "clone3", "personality", "socket", "socketpair")
     claims |= {
         f"__NR_{name}": check.numbers[place]
         for name, check in zip(checked, seccomp._CHECKS, strict=True)

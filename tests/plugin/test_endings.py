@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from pytest_vmsandbox.linux import prctl_set_child_subreaper
+from tests.process_trees import Part, living_namespaces, members_of, namespaces_of
 
 pytestmark = pytest.mark.machine
 
@@ -25,7 +26,7 @@ SLEEPS = """
     def test_it(vm):
         pid = vm._controller._running.process.pid
         directory = vm._controller.build.config.directory.parent
-        sys.__stderr__.write(f"UP {pid} {os.getpid()} {directory}\\n")
+        sys.__stderr__.write(f"UP {pid} {os.getpid()} {vm.facts.tier} {directory}\\n")
         sys.__stderr__.flush()
         vm.run("sleep 1000", timeout=500)
 """
@@ -41,30 +42,35 @@ class _Run:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
+            process_group=0,
         )
         assert self.process.stderr is not None
         for line in self.process.stderr:
             if line.startswith("UP "):
-                _, vmm, worker, directory = line.split()
-                self.vmm, self.worker, self.directory = int(vmm), int(worker), Path(directory)
+                _, vmm, worker, tier, directory = line.split()
+                self.worker, self.directory = int(worker), Path(directory)
+                self._others = [
+                    member
+                    for member in members_of(self.process.pid)
+                    if member.part not in (Part.PYTEST, Part.WORKER)
+                ]
+                assert int(vmm) in {member.pid for member in self._others}
+                assert tier == "bare" or {Part.OUTER, Part.INNER} <= {m.part for m in self._others}
                 return
         pytest.fail("the machine never came up")
 
-    def vmm_is_gone(self, *, within_s: float) -> bool:
-        """Whether the VMM ends in time."""
+    def walls_are_gone(self, *, within_s: float) -> bool:
+        """Whether VMM, warden and sudo end in time, and their namespaces with them."""
         over = time.monotonic() + within_s
-        while not _is_gone(self.vmm):
+        while not all(member.is_gone() for member in self._others) or self._namespaces():
             if time.monotonic() > over:
                 return False
             time.sleep(0.02)
         return True
 
-
-def _is_gone(pid: int) -> bool:
-    """Whether the process has ended; an orphan has become our child, and is reaped."""
-    with suppress(ChildProcessError):
-        os.waitpid(pid, os.WNOHANG)
-    return not Path(f"/proc/{pid}").exists()
+    def _namespaces(self) -> frozenset[str]:
+        theirs = frozenset[str]().union(*(member.namespaces for member in self._others))
+        return (theirs - namespaces_of(Path("/proc/self"))) & living_namespaces()
 
 
 @pytest.fixture(autouse=True)
@@ -89,7 +95,7 @@ def start(pytester: pytest.Pytester) -> Iterator[Callable[..., _Run]]:
     for run in runs:
         run.process.kill()
         run.process.wait()
-        run.vmm_is_gone(within_s=5)
+        run.walls_are_gone(within_s=5)
         if run.worker != run.process.pid:
             with suppress(ChildProcessError):
                 os.waitpid(run.worker, 0)
@@ -97,12 +103,15 @@ def start(pytester: pytest.Pytester) -> Iterator[Callable[..., _Run]]:
         run.process.stderr.close()
 
 
-def test_ctrl_c_ends_the_machine_and_removes_its_files(start: Callable[..., _Run]) -> None:
-    run = start("-s")
-    run.process.send_signal(signal.SIGINT)
+@pytest.mark.parametrize("workers", [(), ("-n1",)])
+def test_ctrl_c_ends_the_machine_and_removes_its_files(
+    start: Callable[..., _Run], workers: tuple[str, ...]
+) -> None:
+    run = start("-s", *workers)
+    os.killpg(run.process.pid, signal.SIGINT)  # as a terminal does
 
-    assert run.process.wait(timeout=30) == pytest.ExitCode.INTERRUPTED
-    assert run.vmm_is_gone(within_s=1)
+    assert run.process.wait(timeout=60) == pytest.ExitCode.INTERRUPTED
+    assert run.walls_are_gone(within_s=1 if not workers else 15)
     assert not run.directory.exists()
 
 
@@ -112,26 +121,30 @@ def test_pytest_timeout_interrupts_the_wait_and_nothing_is_left(
     run = start("-s", "--timeout=20")
 
     assert run.process.wait(timeout=90) == pytest.ExitCode.TESTS_FAILED
-    assert run.vmm_is_gone(within_s=1)
+    assert run.walls_are_gone(within_s=1)
     assert not run.directory.exists()
 
 
 @pytest.mark.parametrize("workers", [(), ("-n1",)])
-def test_kill_9_leaves_no_vmm_after_a_second_and_no_files_after_the_next_run(
+def test_kill_9_leaves_no_process_after_a_second_and_no_files_after_the_next_run(
     start: Callable[..., _Run], workers: tuple[str, ...], run_pytest: Run
 ) -> None:
     run = start("-s", *workers)
     run.process.kill()
 
-    assert run.vmm_is_gone(within_s=1 if not workers else 15)
+    assert run.walls_are_gone(within_s=1 if not workers else 15)
     next_run = run_pytest("def test_it(vm): pass")
     next_run.assert_outcomes(passed=1)
     assert not run.directory.exists()
 
 
-def test_sigterm_leaves_no_vmm(start: Callable[..., _Run]) -> None:
+def test_sigterm_leaves_no_process_and_no_files_after_the_next_run(
+    start: Callable[..., _Run], run_pytest: Run
+) -> None:
     run = start("-s")
     os.kill(run.process.pid, signal.SIGTERM)
     run.process.wait(timeout=30)
 
-    assert run.vmm_is_gone(within_s=1)
+    assert run.walls_are_gone(within_s=1)
+    run_pytest("def test_it(vm): pass").assert_outcomes(passed=1)
+    assert not run.directory.exists()

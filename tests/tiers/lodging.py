@@ -91,6 +91,10 @@ def _furnish(lodging: Lodging, *, image: Image, agents: Sequence[Path]) -> None:
     # Built anew it would be the same, after half a minute. The packages decide which it is.
     shutil.copytree(image.directory.parents[1] / "packages", lodging.cache / "packages")
     shutil.copytree(image.directory, lodging.cache / "images" / image.directory.name)
+    # What the C compiler made of its own library, half a minute's work.
+    compiled = Path("~/.cache/zig").expanduser()
+    if compiled.is_dir():
+        shutil.copytree(compiled, lodging.place / "home" / ".cache" / "zig")
     for agent in agents:
         shutil.copy2(agent, lodging.cache)
     user = pwd.getpwnam(lodging.user)

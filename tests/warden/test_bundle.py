@@ -147,17 +147,17 @@ def ours_of(modules: dict[str, str]) -> dict[str, str]:
     return {name: origin for name, origin in modules.items() if name.startswith("pytest_vms")}
 
 
-@pytest.fixture
-def other_python() -> Iterator[Path]:
+@pytest.fixture(params=[11, 12, 13, 14])
+def other_python(request: pytest.FixtureRequest) -> Path:
     """A Python of another version than ours."""
+    minor: int = request.param
+    if sys.version_info[1] == minor:
+        pytest.skip("that is ours")
     versions = Path.home() / ".pyenv/versions"
-    for minor in (12, 13, 11, 14):
-        candidates = [Path(f"/usr/bin/python3.{minor}"), *versions.glob(f"3.{minor}.*/bin/python")]
-        for python in candidates:
-            if python.exists() and sys.version_info[1] != minor:
-                yield python
-                return
-    pytest.skip("there is no other Python from 3.11 on here")
+    for python in (Path(f"/usr/bin/python3.{minor}"), *versions.glob(f"3.{minor}.*/bin/python")):
+        if python.exists():
+            return python
+    pytest.skip(f"there is no Python 3.{minor} here")
 
 
 def test_a_fresh_python_finds_all_of_it_in_the_bundle_alone() -> None:

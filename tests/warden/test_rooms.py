@@ -7,7 +7,7 @@ import errno
 import os
 import stat
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -190,8 +190,34 @@ async def test_the_room_of_who_has_ended_is_gone(warden: Warden) -> None:
     with Streams() as streams:
         async with warden.launch(order(TRUE), streams.descriptors) as process:
             await process.wait()
-            with pytest.raises(RequestInvalid, match="still runs"):
+            with pytest.raises(ProcessLookupError):
                 await process.connect("socket")
+            with pytest.raises(ProcessLookupError):
+                await process.open_file("file")
+
+
+async def test_who_ends_at_any_moment_is_gone_or_listens_no_more(warden: Warden) -> None:
+    async with trapped(warden) as process:
+        process.kill()
+        with suppress(ConnectionRefusedError, ProcessLookupError):
+            while True:
+                with suppress(BlockingIOError):  # so many wait to be accepted
+                    (await process.connect("socket")).close()
+
+
+async def test_nothing_that_the_warden_holds_of_another_is_bound_into_a_view(
+    warden: Warden,
+) -> None:
+    # Whoever builds a view begins as a copy of the warden, which holds rooms and pidfds of all.
+    script = "import json, os; print(json.dumps([os.stat('/x').st_ino, os.stat('/').st_ino]))"
+    async with trapped(warden), trapped(warden):
+        for source in (*(f"/proc/self/fd/{number}" for number in range(24)), "/proc/1/root"):
+            steps = (*order(PYTHON).steps[:-1], Bind(source=source, target="/x"))
+            try:
+                found, root = await see(warden, python(script, steps=steps))
+            except OSError:
+                continue
+            assert found == root, source  # its own view, once more
 
 
 async def test_a_room_is_where_it_is_as_seen_from_inside(warden: Warden) -> None:

@@ -17,6 +17,17 @@ def shared_memory(targets: Targets) -> str:
     return f"found {libc('shmget', targets.ipc_key, 0, 0)}"
 
 
+@attempt("find System V shared memory of the other machine, and of another worker's")
+def neighbours_memory(targets: Targets) -> str:
+    last: OSError = OSError(2, "none")
+    for key in targets.neighbour_keys:
+        try:
+            return f"found {libc('shmget', key, 0, 0)}"
+        except OSError as error:
+            last = error
+    raise last
+
+
 @attempt("find System V semaphores of the host")
 def semaphores(targets: Targets) -> str:
     return f"found {libc('semget', targets.ipc_key, 0, 0)}"
@@ -72,10 +83,11 @@ def list_ipc(targets: Targets) -> str:
         return f"read {len(file.read())} characters"
 
 
-@attempt("attach shared memory of the host by its number")
-def attach_shared_memory(targets: Targets) -> str:
-    ipc_stat = 2
-    for number in range(64):
-        if LIBC.shmctl(number, ipc_stat, ctypes.create_string_buffer(256)) == 0:
+@attempt("find System V shared memory of the host by counting")
+def count_shared_memory(targets: Targets) -> str:
+    shm_stat = 13  # by its place in the kernel's table
+    for place in range(256):
+        number = LIBC.shmctl(place, shm_stat, ctypes.create_string_buffer(256))
+        if number >= 0:
             return f"{number} is there"
     return f"{checked('shmctl', -1)}"

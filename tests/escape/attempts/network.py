@@ -58,6 +58,17 @@ def neighbours_qmp(targets: Targets) -> str:
     raise last
 
 
+@attempt("connect to an abstract socket of the other machine, and of another worker's")
+def neighbours_abstract(targets: Targets) -> str:
+    last: OSError = OSError(2, "none")
+    for name in targets.neighbour_names:
+        try:
+            return _connected(socket.AF_UNIX, f"\0{name}")
+        except OSError as error:
+            last = error
+    raise last
+
+
 @attempt("see the host's network interfaces", by_host=True)
 def interfaces(targets: Targets) -> str:
     found = [name for _, name in socket.if_nameindex() if name != "lo"]

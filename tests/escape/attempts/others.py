@@ -17,14 +17,21 @@ from tests.escape.attempts.resources import besiege
 GIFT = "a hundred descriptors for you"
 
 _PR_SET_PDEATHSIG = 1
+_IPC_CREAT = 0o1000
 
 SECRET = "what a machine keeps for itself\n"
 
 
-def neighbour(room: Path) -> None:
-    """A machine that minds its own business: it starts a thread for whoever asks, and says so."""
+def neighbour(room: Path, name: str, ipc_key: str) -> None:
+    """A machine that minds its own business; whoever asks is answered by a thread of its own.
+
+    It has shared memory under that key as well, and an abstract socket of that name.
+    """
     (room / "secret").write_text(SECRET)
-    with socket.socket(socket.AF_UNIX) as listener:
+    libc("shmget", int(ipc_key), 4096, _IPC_CREAT | 0o666)
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as abstract:
+        abstract.bind(f"\0{name}")
+        abstract.listen(8)
         listener.bind(str(room / "qmp.sock"))
         listener.listen(8)
         while True:

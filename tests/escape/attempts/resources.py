@@ -155,6 +155,7 @@ def pending_signals(targets: Targets) -> str:
 @attempt(
     f"take {PIPES} pipes of 1 MiB: other processes of the user get small ones then",
     not_apart=_ONE_USER,
+    by_host=True,  # on what other processes of the user hold at this moment
 )
 def pipe_pages(targets: Targets) -> str:
     def take(_: int) -> None:
@@ -170,6 +171,7 @@ def pipe_pages(targets: Targets) -> str:
 @attempt(
     "send descriptors that nobody takes: too many, and other processes of the user send none",
     not_apart=_ONE_USER + "; but a VMM can send fewer than its user may have open",
+    by_host=True,
 )
 def descriptors_in_flight(targets: Targets) -> str:
     ours, _theirs = socket.socketpair()

@@ -34,6 +34,8 @@ class Targets:
     neighbour_files: tuple[str, ...]
     neighbour_sockets: tuple[str, ...]
     neighbours: tuple[int, ...]
+    neighbour_names: tuple[str, ...]
+    neighbour_keys: tuple[int, ...]
     victim: int
     driver: int
     warden: int
