@@ -25,7 +25,8 @@ from pytest_vmsandbox.image.image import Image
 from pytest_vmsandbox.machine.warden_launcher import RETRY_S, WardenLauncher
 from pytest_vmsandbox.machine.wardens import Wardens
 from pytest_vmsandbox.machine.worker import Worker
-from pytest_vmsandbox.vmm.launch import LaunchRequest, VmmView
+from pytest_vmsandbox.vmm.bare import BareLauncher
+from pytest_vmsandbox.vmm.launch import Handed, LaunchRequest
 from pytest_vmsandbox.vmm.qemu import MachineType, QemuConfig, render_command, socket_name
 from pytest_vmsandbox.warden.client import Warden
 
@@ -170,7 +171,7 @@ def _whole_machine(
         cpus=1,
     )
     view = launcher.view(directory=directory, files=config.files)
-    bare = VmmView(directory=directory, files={path: path for path in config.files})
+    bare = BareLauncher().view(directory=directory, files=config.files)
     walled = render_command(config.seen_through(view))
     return Rival(
         what="QEMU q35 with kernel and initramfs",
@@ -184,7 +185,7 @@ def _request(
     argv: Sequence[str],
     directory: Path,
     *,
-    files: Sequence[Path] = (),
+    files: Sequence[Handed] = (),
     memory_mib: int | None = None,
 ) -> LaunchRequest:
     return LaunchRequest(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pytest_vmsandbox.machine.template import Frozen
 from pytest_vmsandbox.vmm.launch import Launcher
 from pytest_vmsandbox.vmm.qemu import QemuConfig
 
@@ -31,3 +32,4 @@ class Build:
     image: str
     image_digest: str
     time_scale: float
+    frozen: Frozen | None = None

@@ -67,6 +67,11 @@ class MachineCore:
         """What it died of; None while it is well, or after it was switched off as asked."""
         return self._last.failure if self._last else None
 
+    @property
+    def running(self) -> Running:
+        """What runs; RequestInvalid when it is powered off."""
+        return self._on()
+
     def evidence(self) -> Evidence:
         """What there is to look at, also after its end."""
         return self._last.evidence() if self._last and not self._closed else self._remembered

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from contextlib import AsyncExitStack, suppress
+from dataclasses import replace
 from typing import Any
 
 from pytest_vmsandbox.deadline import Deadline
@@ -14,6 +15,7 @@ from pytest_vmsandbox.lease.teardown import tear_down
 from pytest_vmsandbox.machine.build import Build
 from pytest_vmsandbox.machine.core import MachineCore
 from pytest_vmsandbox.machine.running import BootStalled, PowerOn, Running, open_running
+from pytest_vmsandbox.vmm.launch import Memory
 
 # What a wait may take unless its caller says otherwise, in seconds, before scaling.
 BOOT_S = 60.0
@@ -32,6 +34,7 @@ class Power(MachineCore):
         super().__init__(build)
         self._power = AsyncExitStack()
         self._boot: asyncio.Task[Any] | None = None
+        self._to_restore = build.frozen
 
     async def power_on(self, *, timeout: float | None = None) -> None:
         """Start it with its disks as they are; returns once its agent answers.
@@ -121,16 +124,20 @@ class Power(MachineCore):
 
     async def _power_on(self, *, boot_s: float) -> None:
         scale = self.build.time_scale
-        config = self.build.config
+        frozen, config = self._to_restore, self.build.config
+        if frozen is not None:
+            memory = Memory(frozen.memory)
+            config = replace(config, memory=memory, restored=True)
         order = PowerOn(
             id=self.id,
             config=config,
             view=self.build.launcher.view(directory=config.directory, files=config.files),
-            nonce=secrets.token_hex(16),
+            nonce=frozen.manifest.nonce if frozen else secrets.token_hex(16),
             log=config.directory / "vmm.log",
             boot_s=boot_s,
             stall_s=STALL_S * scale,
             silence_s=SILENCE_S * scale,
+            frozen=frozen,
         )
         self.failure_was_told = False
         self._running = await self._power.enter_async_context(
@@ -142,6 +149,8 @@ class Power(MachineCore):
                 on_started=self._look_at,
             )
         )
+
+        self._to_restore = None  # once off, what it remembers is on its disks: it boots
 
     def _look_at(self, running: Running) -> None:
         self._last = running

@@ -9,7 +9,7 @@ from pathlib import Path
 from pytest_vmsandbox.host.facts import Tier
 from pytest_vmsandbox.lease.entries import ProcessEntry, Role
 from pytest_vmsandbox.lease.ledger import Ledger
-from pytest_vmsandbox.vmm.launch import Launcher, LaunchRequest, VmmProcess, VmmView
+from pytest_vmsandbox.vmm.launch import Handed, Launcher, LaunchRequest, VmmProcess, VmmView
 
 
 class RecordedLauncher:
@@ -20,7 +20,7 @@ class RecordedLauncher:
         self._ledger = ledger
         self._tier = tier
 
-    def view(self, *, directory: Path, files: Sequence[Path]) -> VmmView:
+    def view(self, *, directory: Path, files: Sequence[Handed]) -> VmmView:
         """How the other launcher's VMM would see these."""
         return self._launcher.view(directory=directory, files=files)
 

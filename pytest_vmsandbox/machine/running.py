@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import secrets
 import shlex
 import socket
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
@@ -26,6 +29,7 @@ from pytest_vmsandbox.errors import (
 )
 from pytest_vmsandbox.guest.channel import Channel, open_channel
 from pytest_vmsandbox.machine.console import Console, ConsoleLine, KernelTrouble
+from pytest_vmsandbox.machine.template import Frozen
 from pytest_vmsandbox.machine.timings import Timings
 from pytest_vmsandbox.vmm.launch import Launcher, LaunchRequest, VmmProcess, VmmView
 from pytest_vmsandbox.vmm.qemu import QemuConfig, render_command, socket_name
@@ -44,6 +48,9 @@ REASON_S = 2.0
 SIGN_OF_LIFE_S = 1.0
 
 CONSOLE_TAIL_LINES = 50
+
+# What a restored guest's kernel gets to tell it from its twins (random(4) wants 32 at least).
+SEED_BYTES = 64
 LOG_TAIL_BYTES = 4000
 
 
@@ -56,7 +63,8 @@ class PowerOn:
     """How a machine is to be started.
 
     A boot of it may take `boot_s` seconds, and `stall_s` without a word on the console; a guest
-    that is waited for may be silent for `silence_s`.
+    that is waited for may be silent for `silence_s`. With `frozen` it is restored, not booted; its
+    `nonce` is then that of the boot that was frozen.
     """
 
     id: str
@@ -67,6 +75,7 @@ class PowerOn:
     boot_s: float
     stall_s: float
     silence_s: float
+    frozen: Frozen | None = None
 
     @property
     def command(self) -> list[str]:
@@ -103,6 +112,7 @@ class Running:
         self._failed = asyncio.Event()
         self._reset = asyncio.Event()
         self._answering = asyncio.Event()
+        self._runs = asyncio.Event()
         self.ended = asyncio.Event()
         console.on_trouble = self.trouble
 
@@ -226,6 +236,7 @@ class Running:
                 self._spawn(self._look_why_stopped())
             case "RESUME":
                 self._status = "running"
+                self._runs.set()
 
     def evidence(self) -> Evidence:
         """What there is to look at now."""
@@ -263,6 +274,52 @@ class Running:
             deadline, "the agent's first answer", self._channel.set_hostname(order.config.name)
         )
         self._answering.set()
+
+    async def restore(self, frozen: Frozen, *, deadline: Deadline) -> None:
+        """Load the state of the devices, let the guest run on, and make it a machine of its own."""
+        sock = await self._connect("agent", deadline=deadline)
+        await self.keep_memory_out(deadline=deadline)
+        with frozen.open_state() as state:
+            await self.qmp.send_file("state", state, deadline=deadline)
+        await self.qmp.execute("migrate-incoming", {"uri": "fd:state"}, deadline=deadline)
+        await self._within(self._runs, deadline, "the restored guest to run")
+        order = self.order
+        self._channel = await self.unless_it_fails(
+            open_channel(
+                sock,
+                name=order.config.name,
+                nonce=order.nonce,
+                restore_id=order.id,
+                keep_processes=True,
+                deadline=deadline,
+                silence_s=order.silence_s,
+            )
+        )
+        self._channel.on_lost = self._channel_lost
+        await self._by(deadline, "its own identity", self._individualize(self._channel))
+        self._answering.set()
+
+    async def _individualize(self, channel: Channel) -> None:
+        """What two machines out of one template must not share; docs/templates.md."""
+        await asyncio.gather(
+            channel.set_clock(time.time_ns()),
+            channel.reseed(os.urandom(SEED_BYTES)),
+            channel.set_hostname(self.order.config.name),
+            channel.set_machine_id(secrets.token_hex(16)),
+        )
+
+    async def keep_memory_out(self, *, deadline: Deadline) -> None:
+        """Tell QEMU that RAM is no part of a migration: it lies in a file of its own."""
+        capabilities = [{"capability": "x-ignore-shared", "state": True}]
+        await self.qmp.execute(
+            "migrate-set-capabilities", {"capabilities": capabilities}, deadline=deadline
+        )
+
+    async def hang_up(self) -> None:
+        """Close the line to the agent for good: the machine is about to be frozen."""
+        self._ending = True
+        self._answering.clear()
+        await self.channel.close()
 
     async def connect(self, *, deadline: Deadline) -> None:
         """Connect control line and console, each to the VMM that we started and no other."""
@@ -433,8 +490,12 @@ async def open_running(
             on_started(running)
             stack.push_async_callback(running.close)
             await _booting(running.connect(deadline=deadline), running)
-        with timings.measuring("boot_s"):
-            await _booting(running.boot(deadline=deadline), running)
+        if order.frozen is None:
+            with timings.measuring("boot_s"):
+                await _booting(running.boot(deadline=deadline), running)
+        else:
+            with timings.measuring("restore_s"):
+                await _booting(running.restore(order.frozen, deadline=deadline), running)
         yield running
 
 

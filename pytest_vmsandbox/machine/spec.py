@@ -39,7 +39,7 @@ class MachineSpec:
         _require_number("cpus", self.cpus, CPUS)
         _require_word("accel", self.accel, ("auto", "kvm", "tcg", "hvf"))
         _require_word("tier", self.tier, ("auto", "root", "sudo", "qemu-vm", "userns", "bare"))
-        _require_word("lifecycle", self.lifecycle, ("booted",))
+        _require_word("lifecycle", self.lifecycle, ("booted", "restored"))
         if self.name is not None and not (
             isinstance(self.name, str) and _NAME.fullmatch(self.name)
         ):

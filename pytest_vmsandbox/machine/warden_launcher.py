@@ -18,7 +18,7 @@ from pytest_vmsandbox.jail.vmm_view import ROOM, plan_vmm_view
 from pytest_vmsandbox.lease.entries import CGROUP_PREFIX, CgroupEntry
 from pytest_vmsandbox.lease.ledger import Ledger
 from pytest_vmsandbox.linux import ProcessIdentity
-from pytest_vmsandbox.vmm.launch import LaunchRequest, VmmView
+from pytest_vmsandbox.vmm.launch import Handed, LaunchRequest, Memory, VmmView
 from pytest_vmsandbox.warden.client import JailedProcess, Warden
 from pytest_vmsandbox.warden.requests import Launch, Limits, Network, Who
 
@@ -125,7 +125,7 @@ class WardenLauncher:
 
         return cls(find)
 
-    def view(self, *, directory: Path, files: Sequence[Path]) -> VmmView:  # noqa: ARG002 - not shown
+    def view(self, *, directory: Path, files: Sequence[Handed]) -> VmmView:  # noqa: ARG002 - not shown
         """Its directory exists in its own view only; files come as descriptors."""
         return VmmView(
             directory=Path(ROOM),
@@ -149,8 +149,12 @@ class WardenLauncher:
                     path = Path(parent, f"{CGROUP_PREFIX}{request.id}")
                     recorded.enter_context(_recorded_group(path, ledger=self._ledger))
             files = [given.enter_context(file) for file in _streams(request)]
-            files += [given.enter_context(path.open("rb")) for path in request.files]
             descriptors = [file.fileno() for file in files]
+            for handed in request.files:
+                if isinstance(handed, Memory):
+                    descriptors.append(handed.descriptor)
+                else:
+                    descriptors.append(given.enter_context(handed.open("rb")).fileno())
             async with AsyncExitStack() as stack:
                 try:
                     started = warden.launch(_order(request), descriptors)
@@ -207,7 +211,9 @@ def _order(request: LaunchRequest) -> Launch:
             file_bytes=FILE_BYTES,
             open_files=OPEN_FILES,
         ),
-        files=tuple(str(path.absolute()) for path in request.files),
+        files=tuple(
+            None if isinstance(file, Memory) else str(file.absolute()) for file in request.files
+        ),
         room=str(ROOM),
         group=request.id,
     )

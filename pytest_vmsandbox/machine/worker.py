@@ -10,7 +10,7 @@ import os
 import platform
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import count
 from pathlib import Path
@@ -38,6 +38,8 @@ from pytest_vmsandbox.machine.controller import MachineController
 from pytest_vmsandbox.machine.engine import Engine
 from pytest_vmsandbox.machine.recorded import RecordedLauncher
 from pytest_vmsandbox.machine.spec import MachineSpec
+from pytest_vmsandbox.machine.template_cache import TemplateCache
+from pytest_vmsandbox.machine.templates import Templates
 from pytest_vmsandbox.machine.warden_launcher import WardenLauncher
 from pytest_vmsandbox.machine.wardens import Wardens
 from pytest_vmsandbox.vmm.bare import BareLauncher
@@ -80,6 +82,7 @@ class Worker:
         self._facts: HostFacts | None = None
         self._wardens = Wardens()
         self._entering = asyncio.Lock()
+        self._templates = Templates(TemplateCache(settings.cache_dir), progress=self._progress)
 
     @property
     def facts(self) -> HostFacts:
@@ -161,6 +164,7 @@ class Worker:
                 self.engine.run(self._wardens.close())  # which kills what still runs
         finally:
             self.engine.close()
+            self._templates.close()
             self._acquired.close()
 
     async def _boot(self, machine: MachineController) -> None:
@@ -196,17 +200,18 @@ class Worker:
             cpus=spec.cpus,
             read_only_disks={MODULES_SERIAL: image.modules} if image.modules else {},
         )
-        return MachineController(
-            Build(
-                id=f"{self.directory.id}-{self.settings.id}-m{number}",
-                config=config,
-                launcher=await self._launcher(tier),
-                tier=tier,
-                image=image.name,
-                image_digest=image.digest,
-                time_scale=self.settings.timeout_scale * facts.time_scale,
-            )
+        build = Build(
+            id=f"{self.directory.id}-{self.settings.id}-m{number}",
+            config=config,
+            launcher=await self._launcher(tier),
+            tier=tier,
+            image=image.name,
+            image_digest=image.digest,
+            time_scale=self.settings.timeout_scale * facts.time_scale,
         )
+        if spec.lifecycle == "restored":
+            build = replace(build, frozen=await self._templates.frozen(build))
+        return MachineController(build)
 
     async def _launcher(self, tier: Tier) -> Launcher:
         ledger = (await self._entered()).ledger

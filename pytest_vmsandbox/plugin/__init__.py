@@ -16,6 +16,7 @@ from pytest_vmsandbox.plugin.fixtures import (
 from pytest_vmsandbox.plugin.hooks import (
     pytest_addoption,
     pytest_configure,
+    pytest_generate_tests,
     pytest_make_collect_report,
     pytest_report_collectionfinish,
     pytest_runtest_call,
@@ -31,6 +32,7 @@ __all__ = [
     "async_vm_factory",
     "pytest_addoption",
     "pytest_configure",
+    "pytest_generate_tests",
     "pytest_make_collect_report",
     "pytest_report_collectionfinish",
     "pytest_runtest_call",

@@ -17,9 +17,11 @@ from pytest_vmsandbox.errors import (
 from pytest_vmsandbox.plugin.expectations import guests_ending_as_expected
 from pytest_vmsandbox.plugin.holding import begin, forget_ended, machines_of
 from pytest_vmsandbox.plugin.markers import (
+    LIFECYCLE,
     MARKERS,
     capabilities_of,
     check_markers,
+    lifecycles_of,
 )
 from pytest_vmsandbox.plugin.options import add_options, read_settings
 from pytest_vmsandbox.plugin.report import (
@@ -78,6 +80,13 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
         report.outcome, report.result = "failed", []
         report.longrepr = "\n".join(errors)
     return report
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run a test once booted and once restored, where its mark says `lifecycle="both"`."""
+    if lifecycles := lifecycles_of(metafunc.definition):
+        metafunc.fixturenames.append(LIFECYCLE)
+        metafunc.parametrize(LIFECYCLE, lifecycles)
 
 
 def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Item]) -> list[str]:

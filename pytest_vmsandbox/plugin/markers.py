@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -16,6 +16,10 @@ MARKERS = (
     "vm_requires(capability, ...): skip, with the reason, where the host lacks one of them",
     'vm_expect(what): the guest is meant to die: "panic", "oops" or "shutdown"',
 )
+# The name under which a test that runs in both has its lifecycle.
+LIFECYCLE = "vm_lifecycle"
+BOTH = ("booted", "restored")
+
 EXPECTATIONS = ("panic", "oops", "shutdown")
 
 
@@ -32,8 +36,24 @@ def check_markers(item: pytest.Item) -> None:
 def spec_of(node: pytest.Item | pytest.Collector, base: MachineSpec) -> MachineSpec:
     """What the `vm` markers on a test, its class and its module make of `base`; nearest last."""
     for marker in reversed(list(node.iter_markers("vm"))):
-        base = base.changed(marker.kwargs)
+        base = base.changed(_of_one_run(marker.kwargs))
+    callspec = getattr(node, "callspec", None)
+    if callspec is not None and LIFECYCLE in callspec.params:
+        base = base.changed({"lifecycle": callspec.params[LIFECYCLE]})
     return base
+
+
+def lifecycles_of(node: pytest.Item | pytest.Collector) -> tuple[str, ...]:
+    """In which lifecycles a test is to run, one after the other; empty for the usual one."""
+    nearest = next(
+        (marker for marker in node.iter_markers("vm") if "lifecycle" in marker.kwargs), None
+    )
+    return BOTH if nearest is not None and nearest.kwargs["lifecycle"] == "both" else ()
+
+
+def _of_one_run(wishes: Mapping[str, Any]) -> dict[str, Any]:
+    """What a marker asks for, but for `lifecycle="both"`, which asks for two runs."""
+    return {name: wish for name, wish in wishes.items() if (name, wish) != ("lifecycle", "both")}
 
 
 def capabilities_of(item: pytest.Item) -> list[Capability]:
@@ -61,7 +81,7 @@ def _check_vm(marker: pytest.Mark) -> None:
             f"@pytest.mark.vm takes keyword arguments only, not {marker.args!r}",
             "for instance @pytest.mark.vm(memory_mib=256)",
         )
-    MachineSpec().changed(marker.kwargs)
+    MachineSpec().changed(_of_one_run(marker.kwargs))
 
 
 def _required(marker: pytest.Mark) -> list[Capability]:

@@ -112,6 +112,12 @@ OPTIONS = (
         "userns, or bare (no walls)",
     ),
     Option(
+        name="vm_lifecycle",
+        parse=_one_of("restored", "booted"),
+        default="booted",
+        help="restored (out of a template that was booted once) or booted (each time)",
+    ),
+    Option(
         name="vm_require",
         parse=_capabilities,
         default=frozenset(),
@@ -185,6 +191,7 @@ class Settings:
     cpus: int
     accel: str
     tier: str
+    lifecycle: str
     require: frozenset[str]
     keep: str
     artifacts: Path

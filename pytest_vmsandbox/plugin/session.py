@@ -61,4 +61,5 @@ def base_spec(config: pytest.Config, image: str) -> MachineSpec:
         cpus=settings.cpus,
         accel=settings.accel,
         tier=settings.tier,
+        lifecycle=settings.lifecycle,
     )

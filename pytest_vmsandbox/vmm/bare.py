@@ -15,7 +15,7 @@ from pytest_vmsandbox.deadline import Deadline
 from pytest_vmsandbox.errors import HostUnfit
 from pytest_vmsandbox.host.socket_auth import connect_machine_socket
 from pytest_vmsandbox.linux import ProcessIdentity
-from pytest_vmsandbox.vmm.launch import LaunchRequest, VmmView
+from pytest_vmsandbox.vmm.launch import Handed, LaunchRequest, Memory, VmmView
 
 
 class BareProcess:
@@ -76,9 +76,9 @@ class BareProcess:
 class BareLauncher:
     """Starts VMMs as children of this process, with this process's rights (tier `bare`)."""
 
-    def view(self, *, directory: Path, files: Sequence[Path]) -> VmmView:
-        """It sees what we see."""
-        return VmmView(directory=directory, files={path: path for path in files})
+    def view(self, *, directory: Path, files: Sequence[Handed]) -> VmmView:
+        """It sees what we see, and our memory through /proc."""
+        return VmmView(directory=directory, files={file: _seen(file) for file in files})
 
     @asynccontextmanager
     async def launch(self, request: LaunchRequest) -> AsyncIterator[BareProcess]:
@@ -106,6 +106,12 @@ class BareLauncher:
         finally:
             # The end of a VMM must not be skipped because our own task was cancelled.
             await asyncio.shield(_end(process))
+
+
+def _seen(file: Handed) -> Path:
+    if isinstance(file, Memory):
+        return Path(f"/proc/{os.getpid()}/fd/{file.descriptor}")
+    return file
 
 
 async def _end(process: BareProcess) -> None:

@@ -7,18 +7,29 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from pytest_vmsandbox.deadline import Deadline
 from pytest_vmsandbox.linux import ProcessIdentity
 
 
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """A file in memory that is handed over as it is; the descriptor stays the caller's."""
+
+    descriptor: int
+
+
+Handed: TypeAlias = Path | Memory
+"""What a VMM is handed: a file that it may read, or memory."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VmmView:
-    """How a VMM will see what is handed to it: its own directory, and each file by our path."""
+    """How a VMM will see what is handed to it: its own directory, and each file."""
 
     directory: Path
-    files: Mapping[Path, Path]
+    files: Mapping[Handed, Path]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +46,7 @@ class LaunchRequest:
     argv: Sequence[str]
     directory: Path
     log: Path
-    files: Sequence[Path] = ()
+    files: Sequence[Handed] = ()
     memory_mib: int | None = None
     kvm: bool = False
 
@@ -72,7 +83,7 @@ class Launcher(Protocol):
     is thrown away with its disks, and nothing is quicker or surer than SIGKILL.
     """
 
-    def view(self, *, directory: Path, files: Sequence[Path]) -> VmmView:
+    def view(self, *, directory: Path, files: Sequence[Handed]) -> VmmView:
         """How a VMM started with these would see them; `files` in the order of the request."""
 
     def launch(self, request: LaunchRequest) -> AbstractAsyncContextManager[VmmProcess]:

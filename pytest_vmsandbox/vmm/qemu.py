@@ -8,7 +8,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from pytest_vmsandbox.errors import RequestInvalid
-from pytest_vmsandbox.vmm.launch import VmmView
+from pytest_vmsandbox.vmm.launch import Handed, VmmView
 
 # QEMU's default translation cache is up to 1 GiB for each machine; a kernel and a shell fit
 # in this, and a machine that outgrows it only translates again.
@@ -21,6 +21,7 @@ OVERHEAD_MIB = 256
 # What QEMU listens on, in the order in which it makes them.
 SOCKETS = ("qmp", "console", "agent")
 
+RAM = "ram"
 AGENT_PORT = "vmsandbox.agent"
 MODULES_SERIAL = "vmsandbox-mods"
 
@@ -34,7 +35,12 @@ class MachineType(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QemuConfig:
-    """All that decides how QEMU is started; paths are ours until `seen_through` a view."""
+    """All that decides how QEMU is started; paths are ours until `seen_through` a view.
+
+    `memory` is where the guest's RAM lies, if not in QEMU's own: shared with us while it is
+    `freezable`, else mapped privately, each page copied when it is written. One that is `restored`
+    waits for the state of its devices, and then runs.
+    """
 
     program: str
     name: str
@@ -48,11 +54,15 @@ class QemuConfig:
     cpus: int
     read_only_disks: Mapping[str, Path] = field(default_factory=dict)
     seccomp: bool = True
+    memory: Handed | None = None
+    freezable: bool = False
+    restored: bool = False
 
     @property
-    def files(self) -> tuple[Path, ...]:
-        """What QEMU reads of the host."""
-        return (self.kernel, self.initramfs, *self.read_only_disks.values())
+    def files(self) -> tuple[Handed, ...]:
+        """What QEMU is handed of the host."""
+        memory = () if self.memory is None else (self.memory,)
+        return (self.kernel, self.initramfs, *self.read_only_disks.values(), *memory)
 
     @property
     def vmm_memory_mib(self) -> int:
@@ -68,6 +78,7 @@ class QemuConfig:
             kernel=view.files[self.kernel],
             initramfs=view.files[self.initramfs],
             read_only_disks=disks,
+            memory=None if self.memory is None else view.files[self.memory],
         )
 
 
@@ -89,12 +100,18 @@ def render_command(config: QemuConfig) -> list[str]:
 
 def _render_base(config: QemuConfig) -> Iterator[str]:
     yield from ("-name", f"{_escape(config.name)},debug-threads=on")
-    yield from ("-nodefaults", "-no-user-config", "-display", "none", "-S")
+    yield from ("-nodefaults", "-no-user-config", "-display", "none")
+    yield from ("-incoming", "defer") if config.restored else ("-S",)
     yield from ("-action", "panic=pause")
     yield from ("-machine", _machine(config))
     yield from ("-accel", _accel(config))
     yield from ("-cpu", _cpu(config))
     yield from ("-m", f"{config.memory_mib}M", "-smp", str(config.cpus))
+    if config.memory is not None:
+        share = "on" if config.freezable else "off"
+        path = _escape(str(config.memory))
+        memory = f"id={RAM},size={config.memory_mib}M,mem-path={path},share={share}"
+        yield from ("-object", f"memory-backend-file,{memory}")
     if config.seccomp:
         yield from (
             "-sandbox",
@@ -142,10 +159,11 @@ def _cpu(config: QemuConfig) -> str:
 
 
 def _machine(config: QemuConfig) -> str:
+    memory = "" if config.memory is None else f",memory-backend={RAM}"
     if config.machine_type is MachineType.Q35:
-        return "q35,usb=off,smbus=off,sata=off,smm=off,vmport=off,hpet=off,graphics=off"
+        return f"q35,usb=off,smbus=off,sata=off,smm=off,vmport=off,hpet=off,graphics=off{memory}"
     clocks = "" if config.accel == "kvm" else ",pit=on,pic=on"
-    return f"microvm,rtc=on,auto-kernel-cmdline=on{clocks}"
+    return f"microvm,rtc=on,auto-kernel-cmdline=on{clocks}{memory}"
 
 
 def _accel(config: QemuConfig) -> str:

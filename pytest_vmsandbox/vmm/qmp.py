@@ -58,6 +58,11 @@ class QmpSession:
                 raise deadline.timed_out(f"QEMU's answer to {command}") from error
             raise OutcomeUnknown(f"QMP {command}", str(error) or "the line broke") from error
 
+    async def send_file(self, name: str, descriptor: int, *, deadline: Deadline) -> None:
+        """Hand QEMU a descriptor, which it then knows by `name` (getfd); ours stays open."""
+        self._client.send_fd_scm(descriptor)
+        await self.execute("getfd", {"fdname": name}, deadline=deadline)
+
 
 @asynccontextmanager
 async def open_qmp(
