@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pytest_vmsandbox.machine.template import Frozen
+from pytest_vmsandbox.machine.frozen import Frozen
 from pytest_vmsandbox.vmm.launch import Launcher
 from pytest_vmsandbox.vmm.qemu import QemuConfig
 

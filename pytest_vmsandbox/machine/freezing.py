@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import os
 
 from pytest_vmsandbox.deadline import Deadline
 from pytest_vmsandbox.errors import BootFailed, RequestInvalid
 from pytest_vmsandbox.linux import OwnedFd
+from pytest_vmsandbox.machine.frozen import new_state
 from pytest_vmsandbox.machine.running import Running
 
 # How often QEMU is asked whether it has finished; it takes some ten milliseconds.
@@ -15,8 +15,8 @@ _POLL_S = 0.002
 _STATE = "state"
 
 
-async def freeze(running: Running, *, deadline: Deadline) -> bytes:
-    """Stop the guest and give the state of its devices; its memory is what was shared with it.
+async def freeze(running: Running, *, deadline: Deadline) -> OwnedFd:
+    """Stop the guest and give the state of its devices, which is the caller's; its memory is what was shared with it.
 
     The channel to its agent is closed before, so that nothing of it is under way. The VMM is good
     for nothing but being ended afterwards. RequestInvalid names the device that forbids it;
@@ -27,12 +27,16 @@ async def freeze(running: Running, *, deadline: Deadline) -> bytes:
     # Not stopped by us: QEMU does that at the end of the migration, and notes that it ran until
     # then, so that what is restored runs at once.
     qmp = running.qmp
-    with OwnedFd(os.memfd_create("vmsandbox-state", os.MFD_CLOEXEC)) as state:
+    state = new_state()
+    try:
         await running.keep_memory_out(deadline=deadline)
         await qmp.send_file(_STATE, state, deadline=deadline)
         await qmp.execute("migrate", {"uri": f"fd:{_STATE}"}, deadline=deadline)
         await _completed(running, deadline=deadline)
-        return os.pread(state, os.fstat(state).st_size, 0)
+    except BaseException:
+        state.close()
+        raise
+    return state
 
 
 async def _completed(running: Running, *, deadline: Deadline) -> None:

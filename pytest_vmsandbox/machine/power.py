@@ -132,7 +132,7 @@ class Power(MachineCore):
             id=self.id,
             config=config,
             view=self.build.launcher.view(directory=config.directory, files=config.files),
-            nonce=frozen.manifest.nonce if frozen else secrets.token_hex(16),
+            nonce=frozen.nonce if frozen else secrets.token_hex(16),
             log=config.directory / "vmm.log",
             boot_s=boot_s,
             stall_s=STALL_S * scale,

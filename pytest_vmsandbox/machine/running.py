@@ -29,7 +29,7 @@ from pytest_vmsandbox.errors import (
 )
 from pytest_vmsandbox.guest.channel import Channel, open_channel
 from pytest_vmsandbox.machine.console import Console, ConsoleLine, KernelTrouble
-from pytest_vmsandbox.machine.template import Frozen
+from pytest_vmsandbox.machine.frozen import Frozen
 from pytest_vmsandbox.machine.timings import Timings
 from pytest_vmsandbox.vmm.launch import Launcher, LaunchRequest, VmmProcess, VmmView
 from pytest_vmsandbox.vmm.qemu import QemuConfig, render_command, socket_name

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pytest_vmsandbox.errors import VmSandboxError
-from pytest_vmsandbox.linux import OwnedFd
-from pytest_vmsandbox.machine.memory import GuestMemory, load_memory, save_memory
+from pytest_vmsandbox.machine.frozen import Frozen, state_of
+from pytest_vmsandbox.machine.memory import load_memory, save_memory
 
 # It grows whenever a template of the older form would be misread.
 FORMAT = 1
@@ -58,35 +57,16 @@ class Manifest:
     state_sha256: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Frozen:
-    """A template in memory, ready to be restored from; `close` gives its descriptors back."""
-
-    manifest: Manifest
-    memory: GuestMemory
-    state: OwnedFd
-
-    def open_state(self) -> OwnedFd:
-        """The state from its beginning: whoever reads it moves no one else's place in it."""
-        return OwnedFd(os.open(f"/proc/self/fd/{self.state}", os.O_RDONLY | os.O_CLOEXEC))
-
-    def close(self) -> None:
-        """Give memory and state back; machines that were restored keep theirs."""
-        self.memory.close()
-        self.state.close()
-
-
-def save_template(
-    directory: Path, *, recipe: Recipe, nonce: str, memory: GuestMemory, state: bytes
-) -> None:
+def save_template(directory: Path, *, recipe: Recipe, frozen: Frozen) -> None:
     """Write a template into an empty directory of ours, for nobody else to read."""
-    digest = save_memory(memory, directory / MEMORY)
+    digest = save_memory(frozen.memory, directory / MEMORY)
+    state = frozen.read_state()
     (directory / STATE).write_bytes(state)
     manifest = Manifest(
         digest=recipe.digest,
         parts=recipe.parts,
-        nonce=nonce,
-        memory_bytes=memory.size,
+        nonce=frozen.nonce,
+        memory_bytes=frozen.memory.size,
         memory_sha256=digest,
         state_bytes=len(state),
         state_sha256=hashlib.sha256(state).hexdigest(),
@@ -131,9 +111,14 @@ def read_manifest(directory: Path) -> Manifest:
     return manifest
 
 
-def load_template(directory: Path) -> Frozen:
-    """Read all of it into sealed memory and check every byte; TemplateDamaged if one is wrong."""
+def load_template(directory: Path, recipe: Recipe) -> Frozen:
+    """Read all of it into sealed memory and check every byte.
+
+    Raises TemplateDamaged where a byte is wrong, or it is one of another recipe.
+    """
     manifest = read_manifest(directory)
+    if manifest.digest != recipe.digest:
+        raise TemplateDamaged(f"{directory}: it was made of something else")
     try:
         state = (directory / STATE).read_bytes()
         memory, digest = load_memory(directory / MEMORY)
@@ -148,15 +133,4 @@ def load_template(directory: Path) -> Frozen:
     if not right:
         memory.close()
         raise TemplateDamaged(f"{directory}: its content is not what its manifest says")
-    return Frozen(manifest=manifest, memory=memory, state=_in_memory(state))
-
-
-def _in_memory(content: bytes) -> OwnedFd:
-    file = OwnedFd(os.memfd_create("vmsandbox-state", os.MFD_CLOEXEC))
-    try:
-        with open(os.dup(file), "wb") as writer:  # noqa: PTH123 - a descriptor has no path
-            writer.write(content)
-    except BaseException:
-        file.close()
-        raise
-    return file
+    return Frozen(nonce=manifest.nonce, memory=memory, state=state_of(state))

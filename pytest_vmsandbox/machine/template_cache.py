@@ -21,9 +21,9 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from pytest_vmsandbox.deadline import Deadline
+from pytest_vmsandbox.machine.frozen import Frozen
 from pytest_vmsandbox.machine.template import (
     MANIFEST,
-    Frozen,
     Recipe,
     TemplateDamaged,
     load_template,
@@ -48,12 +48,8 @@ class TemplateCache:
         """
         place = self._place(recipe)
         try:
-            frozen = load_template(place)
+            frozen = load_template(place, recipe)
         except TemplateDamaged:
-            self._discard(place)
-            return None
-        if frozen.manifest.digest != recipe.digest:  # a foreign one under this name
-            frozen.close()
             self._discard(place)
             return None
         with suppress(OSError):

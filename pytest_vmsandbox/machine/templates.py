@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import platform
 import shlex
+from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from pytest_vmsandbox.deadline import Deadline
@@ -13,8 +15,9 @@ from pytest_vmsandbox.image.progress import Progress
 from pytest_vmsandbox.machine.build import Build
 from pytest_vmsandbox.machine.controller import MachineController
 from pytest_vmsandbox.machine.freezing import freeze
+from pytest_vmsandbox.machine.frozen import Frozen
 from pytest_vmsandbox.machine.memory import new_memory
-from pytest_vmsandbox.machine.template import Frozen, Recipe, save_template
+from pytest_vmsandbox.machine.template import Recipe, save_template
 from pytest_vmsandbox.machine.template_cache import TemplateCache
 from pytest_vmsandbox.vmm.launch import Handed, Memory, VmmView
 from pytest_vmsandbox.vmm.qemu import QemuConfig, render_command
@@ -79,11 +82,9 @@ class Templates:
             finally:
                 await machine.power_cut()
             memory.seal()  # the VMM is gone, which had it mapped
-
-            def write(directory: Path) -> None:
-                save_template(directory, recipe=recipe, nonce=nonce, memory=memory, state=state)
-
-            await asyncio.to_thread(self._cache.publish, recipe, write)
+            with closing(Frozen(nonce=nonce, memory=memory, state=state)) as frozen:
+                write = partial(save_template, recipe=recipe, frozen=frozen)
+                await asyncio.to_thread(self._cache.publish, recipe, write)
 
 
 def recipe_of(build: Build) -> Recipe:

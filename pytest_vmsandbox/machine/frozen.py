@@ -1,0 +1,51 @@
+"""A frozen machine, in memory: all that restored ones begin with. Nobody can change it any more."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from pytest_vmsandbox.linux import OwnedFd
+from pytest_vmsandbox.machine.memory import GuestMemory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Frozen:
+    """Memory, the state of the devices, and the nonce of the boot that was frozen.
+
+    Its holder closes it; machines that were restored keep what they have of it.
+    """
+
+    nonce: str
+    memory: GuestMemory
+    state: OwnedFd
+
+    def open_state(self) -> OwnedFd:
+        """The state from its beginning: whoever reads it moves no one else's place in it."""
+        return OwnedFd(os.open(f"/proc/self/fd/{self.state}", os.O_RDONLY | os.O_CLOEXEC))
+
+    def read_state(self) -> bytes:
+        """The whole state, as QEMU wrote it for a migration."""
+        return os.pread(self.state, os.fstat(self.state).st_size, 0)
+
+    def close(self) -> None:
+        """Give memory and state back."""
+        self.memory.close()
+        self.state.close()
+
+
+def state_of(content: bytes) -> OwnedFd:
+    """A file in memory that holds the state of devices; its holder closes it."""
+    file = new_state()
+    try:
+        with open(os.dup(file), "wb") as writer:  # noqa: PTH123 - a descriptor has no path
+            writer.write(content)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def new_state() -> OwnedFd:
+    """An empty file in memory for QEMU to write the state of its devices to."""
+    return OwnedFd(os.memfd_create("vmsandbox-state", os.MFD_CLOEXEC))
