@@ -9,6 +9,7 @@ from pathlib import Path
 from platformdirs import user_cache_path
 
 _ANY_TIER = "auto"
+_ANY_LIFECYCLE = "restored"
 
 
 def add_cache_argument(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +32,11 @@ def tier_of(arguments: argparse.Namespace) -> str:
     return arguments.tier or os.environ.get("VMSANDBOX_TIER") or _ANY_TIER
 
 
+def lifecycle_of(arguments: argparse.Namespace) -> str:
+    """The lifecycle that was asked for, by argument or environment."""
+    return arguments.lifecycle or os.environ.get("VMSANDBOX_LIFECYCLE") or _ANY_LIFECYCLE
+
+
 def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what a machine is like, as the pytest options do."""
     add_cache_argument(parser)
@@ -40,6 +46,11 @@ def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory-mib", type=int, default=128, help="memory in MiB (128)")
     parser.add_argument("--cpus", type=int, default=1, help="processors (1)")
     parser.add_argument("--accel", default="auto", help="auto, kvm or tcg")
+    parser.add_argument(
+        "--lifecycle",
+        help="restored (out of a template that was booted once) or booted; "
+        "VMSANDBOX_LIFECYCLE, restored",
+    )
     parser.add_argument(
         "--tier", help="auto, root, sudo, qemu-vm, userns or bare (no walls); VMSANDBOX_TIER, auto"
     )

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 
 from rich.console import Console
 
-from pytest_vmsandbox.cli.arguments import cache_of, run_dir_of, tier_of
+from pytest_vmsandbox.cli.arguments import cache_of, lifecycle_of, run_dir_of, tier_of
 from pytest_vmsandbox.cli.progress import RichProgress
+from pytest_vmsandbox.errors import visible
 from pytest_vmsandbox.machine.controller import MachineController
 from pytest_vmsandbox.machine.engine import Engine
 from pytest_vmsandbox.machine.spec import MachineSpec
@@ -25,6 +27,7 @@ def open_machine(arguments: argparse.Namespace) -> Iterator[tuple[MachineControl
         cpus=arguments.cpus,
         accel=arguments.accel,
         tier=tier_of(arguments),
+        lifecycle=lifecycle_of(arguments),
     )
     settings = WorkerSettings(
         id="cli", cache_dir=cache_of(arguments), run_dir=run_dir_of(arguments)
@@ -36,6 +39,8 @@ def open_machine(arguments: argparse.Namespace) -> Iterator[tuple[MachineControl
             try:
                 worker.engine.run(worker.boot([controller]))
                 progress.hide()
+                for incident in worker.incidents:
+                    sys.stderr.write(f"vmsandbox: {visible(incident)}\n")
                 yield controller, worker.engine
             finally:
                 worker.engine.run(worker.end([controller]))

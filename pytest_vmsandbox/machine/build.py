@@ -11,7 +11,11 @@ from pytest_vmsandbox.vmm.qemu import QemuConfig
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MachineFacts:
-    """What a machine is: acceleration, tier, image and versions, for reports."""
+    """What a machine is, for reports: acceleration, tier, image, versions, and where it came from.
+
+    `lifecycle` is `restored` while its guest is one that came out of a template, which then has
+    a `restore_id` like no other; a guest that booted is `booted` and has none.
+    """
 
     accel: str
     tier: str
@@ -19,6 +23,8 @@ class MachineFacts:
     image_digest: str
     kernel: str
     vmm_version: str
+    lifecycle: str
+    restore_id: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

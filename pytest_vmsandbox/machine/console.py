@@ -33,7 +33,9 @@ _LONGEST_SIGN = 64
 
 
 class Console:
-    """Everything that came over the guest's serial line since the machine was made.
+    """Everything that came over the guest's serial line since it first booted.
+
+    For a restored machine that begins with the boot that its template was made of.
 
     Text is decoded as UTF-8, what is not is shown as backslash escapes, and carriage returns
     are dropped. At most the last `MEMORY_LIMIT` bytes are held; `log` has the first
@@ -45,7 +47,7 @@ class Console:
         self.on_trouble: Callable[[KernelTrouble], None] = _no_one
         self._kept = bytearray()
         self._forgotten = 0
-        self._looked_at = 0
+        self._begin = self._looked_at = 0
         self._seen: set[KernelTrouble] = set()
         self._news = asyncio.Event()
         self._failure: BaseException | None = None
@@ -89,22 +91,26 @@ class Console:
 
     def feed(self, data: bytes) -> None:
         """Take what the guest printed."""
-        room = LOG_LIMIT - self.position
-        # A log that can't be written any more must not blind us to what comes.
-        if room > 0:
-            with suppress(OSError), self.log.open("ab") as log:
-                log.write(data[:room])
-        self._kept += data
+        self._keep(data)
         self._look_for_trouble()
-        if len(self._kept) > 2 * MEMORY_LIMIT:
-            excess = len(self._kept) - MEMORY_LIMIT
-            del self._kept[:excess]
-            self._forgotten += excess
+        self._forget()
+        self._news.set()
+
+    @property
+    def held(self) -> bytes:
+        """All that is held, as it came."""
+        return bytes(self._kept)
+
+    def recall(self, printed: bytes) -> None:
+        """Take what the guest had printed before it was frozen: its troubles are old ones."""
+        self._keep(printed)
+        self._forget()
         self._news.set()
 
     def power_on(self) -> None:
         """A new boot begins: its troubles are new ones."""
         self._seen.clear()
+        self._begin = self._looked_at = self.position
         self._failure = None
 
     def fail(self, error: BaseException) -> None:
@@ -112,10 +118,24 @@ class Console:
         self._failure = error
         self._news.set()
 
+    def _keep(self, data: bytes) -> None:
+        room = LOG_LIMIT - self.position
+        # A log that can't be written any more must not blind us to what comes.
+        if room > 0:
+            with suppress(OSError), self.log.open("ab") as log:
+                log.write(data[:room])
+        self._kept += data
+
+    def _forget(self) -> None:
+        if len(self._kept) > 2 * MEMORY_LIMIT:
+            excess = len(self._kept) - MEMORY_LIMIT
+            del self._kept[:excess]
+            self._forgotten += excess
+
     def _look_for_trouble(self) -> None:
         # A sign may be split between two reads: look again at the end of the last one.
-        start = max(0, self._looked_at - self._forgotten - _LONGEST_SIGN)
-        news = bytes(self._kept[start:])
+        start = max(self._begin, self._looked_at - _LONGEST_SIGN) - self._forgotten
+        news = bytes(self._kept[max(0, start) :])
         self._looked_at = self.position
         for trouble, sign in _TROUBLE.items():
             if trouble not in self._seen and sign.search(news):

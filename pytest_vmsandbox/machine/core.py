@@ -51,6 +51,8 @@ class MachineCore:
             image_digest=self.build.image_digest,
             kernel=ran.kernel if ran else "",
             vmm_version=ran.vmm_version if ran else "",
+            lifecycle="restored" if self._is_restored else "booted",
+            restore_id=ran.restore_id if ran else "",
         )
 
     @property
@@ -99,6 +101,14 @@ class MachineCore:
         if asked is not None and not (asked >= 0 and math.isfinite(asked)):
             raise RequestInvalid(f"timeout={asked!r} must be a number of seconds, 0 or more")
         return (usual if asked is None else asked) * self.build.time_scale
+
+    @property
+    def _is_restored(self) -> bool:
+        """Whether its guest, or the one that it will be powered on with, was frozen before."""
+        ran = self._last
+        if ran is None:
+            return self.build.frozen is not None
+        return bool(ran.restore_id) if ran.kernel else ran.order.frozen is not None
 
     def _on(self) -> Running:
         if self._running is None:

@@ -16,8 +16,9 @@ _STATE = "state"
 
 
 async def freeze(running: Running, *, deadline: Deadline) -> OwnedFd:
-    """Stop the guest and give the state of its devices, which is the caller's; its memory is what was shared with it.
+    """Stop the guest and give the state of its devices, which is the caller's.
 
+    Its memory is what was shared with it.
     The channel to its agent is closed before, so that nothing of it is under way. The VMM is good
     for nothing but being ended afterwards. RequestInvalid names the device that forbids it;
     BootFailed when QEMU could not.

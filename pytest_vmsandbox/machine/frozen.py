@@ -13,12 +13,14 @@ from pytest_vmsandbox.machine.memory import GuestMemory
 class Frozen:
     """Memory, the state of the devices, and the nonce of the boot that was frozen.
 
-    Its holder closes it; machines that were restored keep what they have of it.
+    `console` is what its guest had printed, which whoever is restored from it has printed too. Its
+    holder closes it; machines that were restored keep what they have of it.
     """
 
     nonce: str
     memory: GuestMemory
     state: OwnedFd
+    console: bytes = b""
 
     def open_state(self) -> OwnedFd:
         """The state from its beginning: whoever reads it moves no one else's place in it."""

@@ -128,6 +128,7 @@ class Power(MachineCore):
         if frozen is not None:
             memory = Memory(frozen.memory)
             config = replace(config, memory=memory, restored=True)
+            self.console.recall(frozen.console)
         order = PowerOn(
             id=self.id,
             config=config,

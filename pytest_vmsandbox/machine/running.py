@@ -136,6 +136,11 @@ class Running:
         return self._channel.hello.kernel if self._channel else ""
 
     @property
+    def restore_id(self) -> str:
+        """What the agent was told when its guest was restored; empty for one that booted."""
+        return self._channel.hello.restore_id if self._channel else ""
+
+    @property
     def vmm_version(self) -> str:
         """QEMU's version; empty until it has greeted."""
         return self._qmp.version if self._qmp else ""

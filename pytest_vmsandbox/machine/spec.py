@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ class MachineSpec:
     """A machine's shape; the marker's and the factory's arguments are its fields.
 
     `image` is a recipe's name or the path of an image directory, `accel` one of auto, kvm,
-    tcg, hvf, `tier` demands the tier that the machine runs in. A wrong value raises
-    RequestInvalid, which names it.
+    tcg, hvf, `tier` demands the tier that the machine runs in. What can't be `restored` is booted,
+    unless that was `demanded`. A wrong value raises RequestInvalid, which names it.
     """
 
     image: str = "mini"
@@ -30,8 +30,10 @@ class MachineSpec:
     cpus: int = 1
     accel: str = "auto"
     tier: str = "auto"
-    lifecycle: str = "booted"
+    lifecycle: str = "restored"
     name: str | None = None
+    # The fields that a test asked for itself, in place of what machines are usually like.
+    demanded: frozenset[str] = field(default=frozenset(), compare=False)
 
     def __post_init__(self) -> None:
         _require_text("image", self.image)
@@ -53,14 +55,14 @@ class MachineSpec:
 
         Raises RequestInvalid on a name that is no field, or a value that it can't have.
         """
-        known = tuple(field.name for field in fields(self))
+        known = tuple(one.name for one in fields(self) if one.compare)
         for wish in wishes:
             if wish not in known:
                 raise RequestInvalid(f"a machine has no {wish!r}", f"known are: {', '.join(known)}")
         texts: dict[str, Any] = {
             name: str(value) if isinstance(value, Path) else value for name, value in wishes.items()
         }
-        return replace(self, **texts)
+        return replace(self, **texts, demanded=self.demanded | texts.keys())
 
 
 def _require_text(name: str, value: object) -> None:

@@ -1,8 +1,9 @@
 """A template: a machine that was booted once and frozen, as a directory that never changes.
 
 memory          the guest's RAM, sparse
+console         what the guest had printed
 state           the state of its devices, as QEMU writes it for a migration
-manifest.json   what it was made of and how long and which content both must have
+manifest.json   what it was made of and how long and which content the others must have
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from pytest_vmsandbox.machine.frozen import Frozen, state_of
 from pytest_vmsandbox.machine.memory import load_memory, save_memory
 
 # It grows whenever a template of the older form would be misread.
-FORMAT = 1
+FORMAT = 2
 
-MEMORY, STATE, MANIFEST = "memory", "state", "manifest.json"
+MEMORY, STATE, CONSOLE, MANIFEST = "memory", "state", "console", "manifest.json"
 
 
 class TemplateDamaged(VmSandboxError):
@@ -55,6 +56,7 @@ class Manifest:
     memory_sha256: str
     state_bytes: int
     state_sha256: str
+    console_sha256: str
 
 
 def save_template(directory: Path, *, recipe: Recipe, frozen: Frozen) -> None:
@@ -62,6 +64,7 @@ def save_template(directory: Path, *, recipe: Recipe, frozen: Frozen) -> None:
     digest = save_memory(frozen.memory, directory / MEMORY)
     state = frozen.read_state()
     (directory / STATE).write_bytes(state)
+    (directory / CONSOLE).write_bytes(frozen.console)
     manifest = Manifest(
         digest=recipe.digest,
         parts=recipe.parts,
@@ -70,10 +73,11 @@ def save_template(directory: Path, *, recipe: Recipe, frozen: Frozen) -> None:
         memory_sha256=digest,
         state_bytes=len(state),
         state_sha256=hashlib.sha256(state).hexdigest(),
+        console_sha256=hashlib.sha256(frozen.console).hexdigest(),
     )
     text = json.dumps({"format": FORMAT, **asdict(manifest)}, indent=2)
     (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
-    for name in (MEMORY, STATE, MANIFEST):
+    for name in (MEMORY, STATE, CONSOLE, MANIFEST):
         (directory / name).chmod(0o400)
 
 
@@ -86,7 +90,7 @@ def read_manifest(directory: Path) -> Manifest:
         raise TemplateDamaged(f"{path}: {error}") from error
     match form:
         case {
-            "format": 1,
+            "format": 2,
             "digest": str(digest),
             "parts": dict(parts),
             "nonce": str(nonce),
@@ -94,6 +98,7 @@ def read_manifest(directory: Path) -> Manifest:
             "memory_sha256": str(memory_sha256),
             "state_bytes": int(state_bytes),
             "state_sha256": str(state_sha256),
+            "console_sha256": str(console_sha256),
         }:
             manifest = Manifest(
                 digest=digest,
@@ -103,6 +108,7 @@ def read_manifest(directory: Path) -> Manifest:
                 memory_sha256=memory_sha256,
                 state_bytes=state_bytes,
                 state_sha256=state_sha256,
+                console_sha256=console_sha256,
             )
         case _:
             raise TemplateDamaged(f"{path}: not a manifest of format {FORMAT}")
@@ -121,6 +127,7 @@ def load_template(directory: Path, recipe: Recipe) -> Frozen:
         raise TemplateDamaged(f"{directory}: it was made of something else")
     try:
         state = (directory / STATE).read_bytes()
+        console = (directory / CONSOLE).read_bytes()
         memory, digest = load_memory(directory / MEMORY)
     except OSError as error:
         raise TemplateDamaged(str(error)) from error
@@ -129,8 +136,9 @@ def load_template(directory: Path, recipe: Recipe) -> Frozen:
         and memory.size == manifest.memory_bytes
         and len(state) == manifest.state_bytes
         and hashlib.sha256(state).hexdigest() == manifest.state_sha256
+        and hashlib.sha256(console).hexdigest() == manifest.console_sha256
     )
     if not right:
         memory.close()
         raise TemplateDamaged(f"{directory}: its content is not what its manifest says")
-    return Frozen(nonce=manifest.nonce, memory=memory, state=state_of(state))
+    return Frozen(nonce=manifest.nonce, memory=memory, state=state_of(state), console=console)

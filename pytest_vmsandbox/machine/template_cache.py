@@ -44,13 +44,14 @@ class TemplateCache:
     def load(self, recipe: Recipe) -> Frozen | None:
         """The template of that recipe, in memory; None where there is none that is whole.
 
-        A damaged one is removed. It counts as used just now.
+        A damaged one is removed, where that can be done. It counts as used just now.
         """
         place = self._place(recipe)
         try:
             frozen = load_template(place, recipe)
         except TemplateDamaged:
-            self._discard(place)
+            with suppress(OSError):
+                self._discard(place)
             return None
         with suppress(OSError):
             os.utime(place / MANIFEST)

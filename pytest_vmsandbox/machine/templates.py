@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import platform
 import shlex
-from contextlib import closing
+from contextlib import AsyncExitStack, ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from pytest_vmsandbox.deadline import Deadline
+from pytest_vmsandbox.errors import TimedOut
 from pytest_vmsandbox.image.progress import Progress
 from pytest_vmsandbox.machine.build import Build
 from pytest_vmsandbox.machine.controller import MachineController
@@ -30,11 +31,15 @@ NAME = "template"
 
 
 class Templates:
-    """Frozen machines by what they are made of; `close` gives their memory back."""
+    """Frozen machines by what they are made of; `close` gives their memory back.
+
+    `incidents` tells of those that the cache could not take.
+    """
 
     def __init__(self, cache: TemplateCache, *, progress: Progress) -> None:
         self._cache = cache
         self._progress = progress
+        self.incidents: list[str] = []
         self._frozen: dict[str, Frozen] = {}
         self._finding = asyncio.Lock()
 
@@ -59,19 +64,37 @@ class Templates:
         if found := await asyncio.to_thread(self._cache.load, recipe):
             return found
         deadline = Deadline.after(seconds=MAKE_S * build.time_scale)
-        async with self._cache.making(recipe, deadline=deadline):
+        async with AsyncExitStack() as making:
+            try:
+                await making.enter_async_context(self._cache.making(recipe, deadline=deadline))
+            except TimedOut:
+                raise
+            except OSError as error:
+                return self._not_kept(await self._made(build), error)
             if found := await asyncio.to_thread(self._cache.load, recipe):
                 return found
-            self._progress.step(f"template of {build.image}: booting it once, and freezing it")
-            await self._make(recipe, build)
-            made = await asyncio.to_thread(self._cache.load, recipe)
-            if made is None:
-                raise OSError(f"the template {recipe.digest[:16]} was gone as soon as it was made")
-            return made
+            frozen = await self._made(build)
+            try:
+                write = partial(save_template, recipe=recipe, frozen=frozen)
+                await asyncio.to_thread(self._cache.publish, recipe, write)
+            except OSError as error:
+                self._not_kept(frozen, error)
+            except BaseException:
+                frozen.close()
+                raise
+            return frozen
 
-    async def _make(self, recipe: Recipe, build: Build) -> None:
+    def _not_kept(self, frozen: Frozen, error: OSError) -> Frozen:
+        """A disk that is full or can't be written to costs the next run time, and no more."""
+        self.incidents.append(f"a template could not be kept, the next run makes it anew: {error}")
+        return frozen
+
+    async def _made(self, build: Build) -> Frozen:
+        self._progress.step(f"template of {build.image}: booting it once, and freezing it")
         config = build.config
-        with new_memory("vmsandbox-template", size=config.memory_mib << 20) as memory:
+        with ExitStack() as undo:
+            memory = new_memory("vmsandbox-template", size=config.memory_mib << 20)
+            undo.callback(memory.close)
             shared = replace(config, name=NAME, memory=Memory(memory), freezable=True)
             machine = MachineController(replace(build, config=shared))
             try:
@@ -79,12 +102,13 @@ class Templates:
                 nonce = machine.running.order.nonce
                 deadline = Deadline.after(seconds=FREEZE_S * build.time_scale)
                 state = await freeze(machine.running, deadline=deadline)
+                undo.callback(state.close)
+                console = machine.console.held
             finally:
                 await machine.power_cut()
             memory.seal()  # the VMM is gone, which had it mapped
-            with closing(Frozen(nonce=nonce, memory=memory, state=state)) as frozen:
-                write = partial(save_template, recipe=recipe, frozen=frozen)
-                await asyncio.to_thread(self._cache.publish, recipe, write)
+            undo.pop_all()
+            return Frozen(nonce=nonce, memory=memory, state=state, console=console)
 
 
 def recipe_of(build: Build) -> Recipe:
@@ -92,7 +116,11 @@ def recipe_of(build: Build) -> Recipe:
     return Recipe(
         parts={
             "image": build.image_digest,
-            "vmm": _identity_of(Path(build.config.program)),
+            # An image's manifest is believed; whoever put another kernel beside it gets that one.
+            "files": ", ".join(
+                _version_of(file) for file in build.config.files if isinstance(file, Path)
+            ),
+            "vmm": f"{build.config.program} {_version_of(Path(build.config.program))}",
             "command": shlex.join(render_command(_without_this_run(build.config))),
             "processor": _processor() if build.config.accel == "kvm" else "emulated",
         }
@@ -106,10 +134,10 @@ def _without_this_run(config: QemuConfig) -> QemuConfig:
     return neutral.seen_through(VmmView(directory=Path("room"), files=files))
 
 
-def _identity_of(program: Path) -> str:
-    """The program, for as long as nobody installs another one there."""
-    seen = program.stat()
-    return f"{program} {seen.st_size} {seen.st_mtime_ns}"
+def _version_of(file: Path) -> str:
+    """What tells a file from what anybody puts in its place."""
+    seen = file.stat()
+    return f"{seen.st_size} {seen.st_mtime_ns}"
 
 
 def _processor() -> str:

@@ -10,7 +10,7 @@ import os
 import platform
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import count
 from pathlib import Path
@@ -36,6 +36,7 @@ from pytest_vmsandbox.lease.run_directory import (
 from pytest_vmsandbox.machine.build import Build
 from pytest_vmsandbox.machine.controller import MachineController
 from pytest_vmsandbox.machine.engine import Engine
+from pytest_vmsandbox.machine.lifecycles import Lifecycles
 from pytest_vmsandbox.machine.recorded import RecordedLauncher
 from pytest_vmsandbox.machine.spec import MachineSpec
 from pytest_vmsandbox.machine.template_cache import TemplateCache
@@ -83,6 +84,7 @@ class Worker:
         self._wardens = Wardens()
         self._entering = asyncio.Lock()
         self._templates = Templates(TemplateCache(settings.cache_dir), progress=self._progress)
+        self._lifecycles = Lifecycles(self._templates)
 
     @property
     def facts(self) -> HostFacts:
@@ -111,7 +113,7 @@ class Worker:
     @property
     def incidents(self) -> Sequence[str]:
         """What went wrong and was made good, for the summary."""
-        return self._wardens.lost
+        return (*self._wardens.lost, *self._lifecycles.incidents)
 
     async def make(self, specs: Sequence[MachineSpec]) -> list[MachineController]:
         """Machines of these shapes, not powered on yet.
@@ -210,7 +212,8 @@ class Worker:
             time_scale=self.settings.timeout_scale * facts.time_scale,
         )
         if spec.lifecycle == "restored":
-            build = replace(build, frozen=await self._templates.frozen(build))
+            demanded = "lifecycle" in spec.demanded
+            build = await self._lifecycles.restored(build, demanded=demanded)
         return MachineController(build)
 
     async def _launcher(self, tier: Tier) -> Launcher:

@@ -114,7 +114,7 @@ OPTIONS = (
     Option(
         name="vm_lifecycle",
         parse=_one_of("restored", "booted"),
-        default="booted",
+        default="restored",
         help="restored (out of a template that was booted once) or booted (each time)",
     ),
     Option(

@@ -73,6 +73,7 @@ def record_machines(report: pytest.TestReport, machines: Sequence[MachineControl
                 # plain texts: execnet carries no members of an enum
                 "tier": str(machine.facts.tier),
                 "accel": str(machine.facts.accel),
+                "lifecycle": machine.facts.lifecycle,
                 "timings": asdict(machine.timings),
             }
             for machine in machines
@@ -120,6 +121,7 @@ def keep_artifacts(
 def summarize(reporter: pytest.TerminalReporter, *, durations: int) -> Iterator[str]:
     """Lines for the end of the run: skips by code, boots that hung, the slowest machines."""
     from pytest_vmsandbox.host.facts import capability_of
+    from pytest_vmsandbox.machine.timings import Timings
 
     skips = Counter(
         found.group()
@@ -136,9 +138,10 @@ def summarize(reporter: pytest.TerminalReporter, *, durations: int) -> Iterator[
     retried = sum((record["timings"]["boot_attempts"] or 1) - 1 for record in records)
     if retried:
         yield f"{retried} boots hung and were tried again"
-    slowest = sorted(records, key=_duration, reverse=True)[:durations]
-    for record in slowest:
-        yield f"{_duration(record):.2f} s {record['id']}: {_shown(record['timings'])}"
+    slowest = sorted(records, key=lambda one: Timings(**one["timings"]).total_s, reverse=True)
+    for record in slowest[:durations]:
+        timings = Timings(**record["timings"])
+        yield f"{timings.total_s:.2f} s {record['id']} ({record['lifecycle']}): {timings}"
 
 
 def _sections(machine: MachineController, since: int) -> Iterator[tuple[str, str]]:
@@ -159,7 +162,8 @@ def _sections(machine: MachineController, since: int) -> Iterator[tuple[str, str
 def _describe(machine: MachineController) -> str:
     facts = machine.facts
     versions = f"kernel {facts.kernel or 'unknown'}, QEMU {facts.vmm_version or 'unknown'}"
-    return f"tier {facts.tier}, {facts.accel}, image {facts.image}, {versions}"
+    lifecycle = f"{facts.lifecycle} {facts.restore_id}".rstrip()
+    return f"tier {facts.tier}, {facts.accel}, {lifecycle}, image {facts.image}, {versions}"
 
 
 def _records(reporter: pytest.TerminalReporter) -> list[dict[str, Any]]:
@@ -176,15 +180,3 @@ def _records(reporter: pytest.TerminalReporter) -> list[dict[str, Any]]:
 def _all_of(reporter: pytest.TerminalReporter, attribute: str) -> set[str]:
     reports = (report for some in reporter.stats.values() for report in some)
     return {found for report in reports if (found := getattr(report, attribute, None))}
-
-
-def _duration(record: dict[str, Any]) -> float:
-    return sum(value for value in record["timings"].values() if isinstance(value, float))
-
-
-def _shown(timings: dict[str, Any]) -> str:
-    return ", ".join(
-        f"{name.removesuffix('_s')} {value:.3f} s"
-        for name, value in timings.items()
-        if isinstance(value, float)
-    )

@@ -127,11 +127,13 @@ def test_what_the_machine_is_stands_in_its_facts(vm: Machine) -> None:
     assert vm.facts.vmm_version[0].isdigit()
 
 
-def test_what_it_cost_stands_in_its_timings(vm: Machine) -> None:
+@pytest.mark.vm(lifecycle="booted")
+def test_what_a_boot_cost_stands_in_its_timings(vm: Machine) -> None:
     vm.run(["true"])
 
     assert vm.timings.boot_attempts >= 1
     assert vm.timings.spawn_s is not None
     assert vm.timings.boot_s is not None
     assert vm.timings.first_command_s is not None
+    assert vm.timings.load_s is None
     assert vm.timings.restore_s is None

@@ -214,10 +214,28 @@ def test_forcing_an_accelerator_that_does_not_work_gives_the_evidence(run_pytest
 
 
 def test_durations_show_the_slowest_machines_step_by_step(run_pytest: Run) -> None:
-    result = run_pytest("def test_it(vm): vm.run(['true'])", "--vm-durations=3", "-n1")
+    result = run_pytest(
+        """
+        import pytest
 
-    result.assert_outcomes(passed=1)
-    result.stdout.fnmatch_lines(["* s r*-gw0-m1: spawn * s, boot * s, first_command * s, *"])
+        def test_usual(vm):
+            vm.run(["true"])
+
+        @pytest.mark.vm(lifecycle="booted")
+        def test_booted(vm):
+            vm.run(["true"])
+        """,
+        "--vm-durations=3",
+        "-n1",
+    )
+
+    result.assert_outcomes(passed=2)
+    result.stdout.fnmatch_lines(
+        [
+            "* s r*-gw0-m2 (booted): spawn * s, boot * s, first command * s, teardown * s",
+            "* s r*-gw0-m1 (restored): spawn * s, * s, first command * s, teardown * s",
+        ]
+    )
 
 
 def test_a_shared_machine_is_one_machine_and_only_news_of_its_console_are_shown(

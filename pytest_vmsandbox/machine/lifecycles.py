@@ -1,0 +1,58 @@
+"""Whether a machine is restored or booted: what can't be restored is booted, and told of once."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from pytest_vmsandbox.errors import MachineFailed, OutcomeUnknown, RequestInvalid
+from pytest_vmsandbox.machine.build import Build
+from pytest_vmsandbox.machine.templates import Templates, recipe_of
+
+# Of what making a template may fail, and its machine boot none the less.
+_CAN_NOT_BE_MADE = (RequestInvalid, MachineFailed, OutcomeUnknown, OSError)
+
+
+class Lifecycles:
+    """Finds what machines are restored from; `incidents` tells which could not be, and why."""
+
+    def __init__(self, templates: Templates) -> None:
+        self._templates = templates
+        self._given_up: dict[str, Exception] = {}
+        self._told: list[str] = []
+
+    @property
+    def incidents(self) -> list[str]:
+        """What went wrong and was made good, for the summary."""
+        return [*self._told, *self._templates.incidents]
+
+    async def restored(self, build: Build, *, demanded: bool) -> Build:
+        """The build with what it is restored from; as it is, to be booted, where there can be none.
+
+        Raises RequestInvalid where there can be none for a machine whose restoring is `demanded`.
+        What failed once is not tried again.
+        """
+        recipe = recipe_of(build).digest
+        if recipe not in self._given_up:
+            try:
+                return replace(build, frozen=await self._templates.frozen(build))
+            except _CAN_NOT_BE_MADE as error:
+                self._given_up[recipe] = error
+                self._told.append(f"booted each time, not restored: {_shape(build)}: {_why(error)}")
+        if not demanded:
+            return build
+        reason = self._given_up[recipe]
+        raise RequestInvalid(
+            f"{build.config.name} can't be restored: {_why(reason)}",
+            'ask for lifecycle="booted", or for none',
+        ) from reason
+
+
+def _shape(build: Build) -> str:
+    config = build.config
+    return f"{build.image}, {config.memory_mib} MiB, cpus={config.cpus}, {config.accel}"
+
+
+def _why(error: Exception) -> str:
+    """The cause in one line; the rest is for who looks for it."""
+    cause = error.cause if isinstance(error, MachineFailed) else str(error)
+    return (cause.splitlines() or [type(error).__name__])[0]

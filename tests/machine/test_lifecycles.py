@@ -1,0 +1,171 @@
+"""Lifecycles: restored where a machine can be, else booted, and said."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pytest_vmsandbox import Machine, MachineFactory, RequestInvalid
+from pytest_vmsandbox.deadline import Deadline
+from pytest_vmsandbox.image.progress import SilentProgress
+from pytest_vmsandbox.machine.build import Build
+from pytest_vmsandbox.machine.controller import MachineController
+from pytest_vmsandbox.machine.lifecycles import Lifecycles
+from pytest_vmsandbox.machine.spec import MachineSpec
+from pytest_vmsandbox.machine.template_cache import TemplateCache
+from pytest_vmsandbox.machine.templates import Templates, recipe_of
+from pytest_vmsandbox.machine.worker import Worker
+
+RESTORED = MachineSpec(tier="bare").changed({"lifecycle": "restored"})
+
+
+def test_a_machine_is_restored_and_says_out_of_what(vm_factory: MachineFactory) -> None:
+    one, other = vm_factory(count=2)
+
+    for machine in (one, other):
+        assert machine.facts.lifecycle == "restored"
+        assert machine.facts.restore_id == machine.id
+        assert machine.timings.boot_s is None
+        assert machine.timings.restore_s is not None
+        assert not machine.timings.from_pool or machine.timings.restore_s > 0
+    assert one.facts.restore_id != other.facts.restore_id
+
+
+@pytest.mark.vm(lifecycle="booted")
+def test_one_that_boots_has_no_restore_id(vm: Machine) -> None:
+    assert (vm.facts.lifecycle, vm.facts.restore_id) == ("booted", "")
+    assert vm.timings.boot_s is not None
+    assert vm.timings.restore_s is None
+
+
+@pytest.mark.vm(lifecycle="restored")
+def test_what_is_rebooted_or_powered_on_again_has_booted(vm: Machine) -> None:
+    vm.reboot()
+    assert (vm.facts.lifecycle, vm.facts.restore_id) == ("booted", "")
+
+    vm.power_cut()
+    vm.power_on()
+    assert (vm.facts.lifecycle, vm.facts.restore_id) == ("booted", "")
+    assert vm.timings.boot_s is not None
+
+
+@pytest.mark.vm(lifecycle="both")
+def test_the_console_begins_with_the_boot_whoever_booted(vm: Machine) -> None:
+    assert re.search(r"Linux version", vm.console.text)
+    assert vm.console.wait_for("Run /init as init process")
+
+    vm.run("echo a word > /dev/console", check=True)
+    vm.console.wait_for("a word")
+
+    assert vm.console.text.count("Linux version") == 1
+    assert "Linux version" in vm.console.text[: vm.console.text.index("a word")]
+
+
+@pytest.mark.vm(lifecycle="restored")
+def test_a_trouble_before_the_freeze_is_none_of_the_restored(vm: Machine) -> None:
+    console = vm._controller.console
+    vm.power_cut()
+    console.recall(b"[1.0] Kernel panic - not syncing: an old one")
+
+    vm.power_on()
+
+    assert vm.run("true").returncode == 0
+
+
+def test_a_device_that_forbids_freezing_is_named_and_the_machine_boots(
+    worker: Worker, scratch: Path
+) -> None:
+    with _lifecycles(worker, cache=scratch / "cache") as lifecycles:
+        build = _with_nvme(_build(worker), scratch)
+
+        chosen = [worker.engine.run(lifecycles.restored(build, demanded=False)) for _ in range(2)]
+        with pytest.raises(RequestInvalid, match=r"can't be restored: .*nvme"):
+            worker.engine.run(lifecycles.restored(build, demanded=True))
+
+        assert chosen == [build, build]
+        (told,) = lifecycles.incidents
+        assert re.match(r"booted each time, not restored: mini, 128 MiB, .*nvme", told)
+        machine = MachineController(build)
+        worker.engine.run(worker.boot([machine]))
+        assert machine.facts.lifecycle == "booted"
+        worker.engine.run(worker.end([machine]))
+
+
+def test_a_demand_is_what_a_test_says_itself() -> None:
+    usual = MachineSpec()
+
+    assert usual.lifecycle == "restored"
+    assert usual.demanded == frozenset()
+    assert RESTORED.demanded == {"lifecycle"}
+    assert MachineSpec(tier="bare") == RESTORED
+
+
+def test_a_template_that_can_not_be_kept_is_used_none_the_less(
+    worker: Worker, scratch: Path
+) -> None:
+    (scratch / "cache").write_text("no directory")
+    with _lifecycles(worker, cache=scratch / "cache") as lifecycles:
+        build = _build(worker)
+
+        chosen = worker.engine.run(lifecycles.restored(build, demanded=True))
+        again = worker.engine.run(lifecycles.restored(build, demanded=True))
+
+        assert chosen.frozen is not None
+        assert again.frozen is chosen.frozen
+        (told,) = lifecycles.incidents
+        assert "could not be kept" in told
+        assert str(scratch / "cache") in told
+        machine = MachineController(chosen)
+        worker.engine.run(worker.boot([machine]))
+        assert machine.facts.lifecycle == "restored"
+        worker.engine.run(worker.end([machine]))
+
+
+def test_a_lock_that_is_held_too_long_costs_the_template_and_not_the_test(
+    worker: Worker, scratch: Path
+) -> None:
+    cache = TemplateCache(scratch / "cache")
+    with _lifecycles(worker, cache=scratch / "cache") as lifecycles:
+        build = replace(_build(worker), time_scale=0.001)
+
+        chosen = worker.engine.run(_while_another_makes_it(cache, lifecycles, build))
+
+        assert chosen.frozen is None
+        (told,) = lifecycles.incidents
+        assert ".lock" in told
+
+
+async def _while_another_makes_it(
+    cache: TemplateCache, lifecycles: Lifecycles, build: Build
+) -> Build:
+    async with cache.making(recipe_of(build), deadline=Deadline.after(seconds=10)):
+        async with asyncio.timeout(60):
+            return await lifecycles.restored(build, demanded=False)
+
+
+@contextmanager
+def _lifecycles(worker: Worker, *, cache: Path) -> Iterator[Lifecycles]:
+    with closing(Templates(TemplateCache(cache), progress=SilentProgress())) as templates:
+        yield Lifecycles(templates)
+
+
+def _build(worker: Worker) -> Build:
+    (machine,) = worker.engine.run(worker.make([MachineSpec(tier="bare", lifecycle="booted")]))
+    return machine.build
+
+
+def _with_nvme(build: Build, scratch: Path) -> Build:
+    """The same with a device that QEMU 7.2 can't migrate, as a wrapper around QEMU would add it."""
+    program = scratch / "qemu-with-nvme"
+    disk = "-drive if=none,id=n,file=null-co://,format=raw -device nvme,drive=n,serial=n"
+    program.write_text(f'#!/bin/sh\nexec {build.config.program} "$@" {disk}\n')
+    program.chmod(0o755)
+    assert os.access(program, os.X_OK)
+    return replace(build, config=replace(build.config, program=str(program)))
