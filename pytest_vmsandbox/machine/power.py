@@ -14,7 +14,8 @@ from pytest_vmsandbox.guest.channel import SILENCE_S
 from pytest_vmsandbox.lease.teardown import tear_down
 from pytest_vmsandbox.machine.build import Build
 from pytest_vmsandbox.machine.core import MachineCore
-from pytest_vmsandbox.machine.running import BootStalled, PowerOn, Running, open_running
+from pytest_vmsandbox.machine.order import PowerOn
+from pytest_vmsandbox.machine.running import BootStalled, Running, open_running
 from pytest_vmsandbox.vmm.launch import Memory
 
 # What a wait may take unless its caller says otherwise, in seconds, before scaling.

@@ -10,8 +10,6 @@ import socket
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 from pytest_vmsandbox.deadline import Deadline
@@ -30,9 +28,10 @@ from pytest_vmsandbox.errors import (
 from pytest_vmsandbox.guest.channel import Channel, open_channel
 from pytest_vmsandbox.machine.console import Console, ConsoleLine, KernelTrouble
 from pytest_vmsandbox.machine.frozen import Frozen
+from pytest_vmsandbox.machine.order import PowerOn
 from pytest_vmsandbox.machine.timings import Timings
-from pytest_vmsandbox.vmm.launch import Launcher, LaunchRequest, VmmProcess, VmmView
-from pytest_vmsandbox.vmm.qemu import QemuConfig, render_command, socket_name
+from pytest_vmsandbox.vmm.launch import Launcher, LaunchRequest, VmmProcess
+from pytest_vmsandbox.vmm.qemu import socket_name
 from pytest_vmsandbox.vmm.qmp import QmpEvent, QmpSession, open_qmp
 
 T = TypeVar("T")
@@ -51,38 +50,10 @@ CONSOLE_TAIL_LINES = 50
 
 # What a restored guest's kernel gets to tell it from its twins (random(4) wants 32 at least).
 SEED_BYTES = 64
-LOG_TAIL_BYTES = 4000
 
 
 class BootStalled(BootFailed):
     """The boot showed no sign of life for so long that it hangs; another try may not."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PowerOn:
-    """How a machine is to be started.
-
-    A boot of it may take `boot_s` seconds, and `stall_s` without a word on the console; a guest
-    that is waited for may be silent for `silence_s`. With `frozen` it is restored, not booted; its
-    `nonce` is then that of the boot that was frozen.
-    """
-
-    id: str
-    config: QemuConfig
-    view: VmmView
-    nonce: str
-    log: Path
-    boot_s: float
-    stall_s: float
-    silence_s: float
-    frozen: Frozen | None = None
-
-    @property
-    def command(self) -> list[str]:
-        """The VMM's argv; the guest is told its nonce, and to stay where it is if it panics."""
-        words = (*self.config.command_line, "panic=0", f"vmsandbox.nonce={self.nonce}")
-        config = self.config.seen_through(self.view)
-        return render_command(replace(config, command_line=words))
 
 
 class Running:
@@ -247,7 +218,7 @@ class Running:
         """What there is to look at now."""
         return Evidence(
             console_tail=self._console.tail(CONSOLE_TAIL_LINES),
-            vmm_stderr=log_tail(self.order.log),
+            vmm_stderr=self.order.read_log_tail(),
             command_line=shlex.join(self.order.command),
             vmm_status=self._status,
         )
@@ -526,13 +497,3 @@ async def _sign(question: Coroutine[Any, Any, object]) -> str:
     except (VmSandboxError, TimeoutError) as error:
         return f"no ({type(error).__name__})"
     return "yes"
-
-
-def log_tail(path: Path) -> str:
-    """The end of a log; empty where there is none."""
-    try:
-        with path.open("rb") as log:
-            log.seek(max(0, path.stat().st_size - LOG_TAIL_BYTES))
-            return log.read().decode(errors="backslashreplace")
-    except OSError:
-        return ""

@@ -1,0 +1,48 @@
+"""The order to start a machine: what its VMM is told, and how long that may take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pytest_vmsandbox.machine.frozen import Frozen
+from pytest_vmsandbox.vmm.launch import VmmView
+from pytest_vmsandbox.vmm.qemu import QemuConfig, render_command
+
+_LOG_TAIL_BYTES = 4000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PowerOn:
+    """How a machine is to be started.
+
+    A boot of it may take `boot_s` seconds, and `stall_s` without a word on the console; a guest
+    that is waited for may be silent for `silence_s`. With `frozen` it is restored, not booted; its
+    `nonce` is then that of the boot that was frozen.
+    """
+
+    id: str
+    config: QemuConfig
+    view: VmmView
+    nonce: str
+    log: Path
+    boot_s: float
+    stall_s: float
+    silence_s: float
+    frozen: Frozen | None = None
+
+    @property
+    def command(self) -> list[str]:
+        """The VMM's argv; the guest is told its nonce, and to stay where it is if it panics."""
+        words = (*self.config.command_line, "panic=0", f"vmsandbox.nonce={self.nonce}")
+        config = self.config.seen_through(self.view)
+        return render_command(replace(config, command_line=words))
+
+    def read_log_tail(self) -> str:
+        """The end of the VMM's log; empty where there is none."""
+        try:
+            with self.log.open("rb") as log:
+                log.seek(max(0, self.log.stat().st_size - _LOG_TAIL_BYTES))
+                return log.read().decode(errors="backslashreplace")
+        except OSError:
+            return ""
