@@ -100,6 +100,11 @@ def capability_of(code: str) -> Capability | None:
     return _CAPABILITIES.get(code)
 
 
+def doctor_shows(code: str) -> bool:
+    """Whether `vmsandbox doctor` shows what a code is about: a capability, and nothing else."""
+    return code in _CAPABILITIES
+
+
 _ABOUT_WALLS = ("VMS-TIER-", "VMS-WARDEN-", "VMS-WALLS-")
 
 

@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 
 from pytest_vmsandbox.deadline import Deadline
 from pytest_vmsandbox.host.facts import Fact, HostFacts, Verdict
+from pytest_vmsandbox.host.forget import forget_old
 from pytest_vmsandbox.host.rights import Rights, read_rights
 from pytest_vmsandbox.host.setup_record import RECORD
 from pytest_vmsandbox.linux.process_identity import read_boot_id
@@ -75,11 +76,15 @@ def key_of(*, qemu: Path | None, search_path: str, run_dir: Path) -> Key:
 
 
 def recall(cache_dir: Path, key: Key) -> HostFacts | None:
-    """The facts under this key, or None."""
+    """The facts under this key, or None. They count as used just now."""
+    file = cache_dir / key.file_name
     try:
-        return HostFacts.from_json(json.loads((cache_dir / key.file_name).read_bytes()))
+        facts = HostFacts.from_json(json.loads(file.read_bytes()))
     except (OSError, ValueError, RecursionError):
         return None
+    with suppress(OSError):
+        os.utime(file)
+    return facts
 
 
 def remember(cache_dir: Path, key: Key, facts: HostFacts) -> None:
@@ -92,6 +97,7 @@ def remember(cache_dir: Path, key: Key, facts: HostFacts) -> None:
     with suppress(OSError):
         _make(cache_dir)
         _publish(cache_dir / key.file_name, json.dumps(facts.to_json(), indent=1))
+        forget_old(cache_dir)
 
 
 @asynccontextmanager

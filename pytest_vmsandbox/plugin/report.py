@@ -120,7 +120,6 @@ def keep_artifacts(
 
 def summarize(reporter: pytest.TerminalReporter, *, durations: int) -> Iterator[str]:
     """Lines for the end of the run: skips by code, boots that hung, the slowest machines."""
-    from pytest_vmsandbox.host.facts import capability_of
     from pytest_vmsandbox.machine.timings import Timings
 
     skips = Counter(
@@ -129,9 +128,7 @@ def summarize(reporter: pytest.TerminalReporter, *, durations: int) -> Iterator[
         if (found := _SKIP_CODE.search(str(report.longrepr)))
     )
     for code, times in skips.most_common():
-        known = capability_of(code) is not None
-        more = "vmsandbox doctor tells more" if known else "docs/hosts.md explains it"
-        yield f"{times} skipped: {code} ({more})"
+        yield f"{times} skipped: {code} ({_where_to_look(code)})"
     for not_kept in sorted(_all_of(reporter, NOT_KEPT)):
         yield visible(f"artifacts not kept: {not_kept}")
     records = _records(reporter)
@@ -142,6 +139,15 @@ def summarize(reporter: pytest.TerminalReporter, *, durations: int) -> Iterator[
     for record in slowest[:durations]:
         timings = Timings(**record["timings"])
         yield f"{timings.total_s:.2f} s {record['id']} ({record['lifecycle']}): {timings}"
+
+
+def _where_to_look(code: str) -> str:
+    from pytest_vmsandbox.host.facts import capability_of, doctor_shows
+
+    if doctor_shows(code):
+        return "vmsandbox doctor tells more"
+    page = "usage" if capability_of(code) is None else "hosts"
+    return f"docs/{page}.md explains it"
 
 
 def _sections(machine: MachineController, since: int) -> Iterator[tuple[str, str]]:

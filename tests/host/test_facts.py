@@ -20,6 +20,7 @@ from pytest_vmsandbox.host.facts import (
     Verdict,
     capability_of,
     code_of,
+    doctor_shows,
     fact_of,
 )
 
@@ -158,11 +159,18 @@ def test_a_code_names_capability_and_verdict() -> None:
 def test_a_code_is_about_one_capability(capability: Capability) -> None:
     for verdict in Verdict:
         assert capability_of(code_of(capability, verdict)) is capability
+        assert doctor_shows(code_of(capability, verdict))
 
 
 @pytest.mark.parametrize("code", ["", "VMS-SUDO", "VMS-SUDO-", "VMS-SUDO-DENIED\n", "X-SUDO-OK"])
 def test_another_code_is_about_none(code: str) -> None:
     assert capability_of(code) is None
+
+
+@pytest.mark.parametrize("code", ["VMS-TIER-BARE", "VMS-WARDEN-ROOT", "VMS-WALLS-UNUSABLE"])
+def test_what_is_about_walls_is_no_line_of_the_doctors(code: str) -> None:
+    assert capability_of(code) is Capability.JAIL
+    assert not doctor_shows(code)
 
 
 def test_a_fact_is_frozen() -> None:

@@ -65,7 +65,7 @@ def test_methods_and_groups_are_treated_as_functions_are(run_pytest: Run) -> Non
             "XFAIL *::test_still_a_failure*",
             "PASSED *::test_group?False?",
             "FAILED *::test_group?True?*",
-            "1 skipped: VMS-NEVER*",
+            "1 skipped: VMS-NEVER* (docs/usage.md explains it)",
         ]
     )
 
