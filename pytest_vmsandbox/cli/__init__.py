@@ -15,6 +15,7 @@ COMMANDS = {
     "doctor": "what this host can do, with evidence and remedies",
     "setup": "make this host fit: packages, the user qemu-vm, sudoers, /dev/kvm",
     "image": "build, list, verify and remove images",
+    "cache": "list, verify and clear the templates that machines are restored from",
     "run": "one command in a fresh machine; its exit status is ours",
     "shell": "a terminal in a fresh machine",
     "ps": "the runs on this host, their machines, and what dead runs left",

@@ -24,6 +24,10 @@ class RichProgress:
         self._current, self._since = title, time.monotonic()
         self._status.update(title)
 
+    def forget(self) -> None:
+        """The step is over, and whoever calls tells of it."""
+        self._current = None
+
     def hide(self) -> None:
         """The terminal belongs to somebody else from here on."""
         self._status.stop()

@@ -1,4 +1,4 @@
-"""A context manager that may wait, for coroutines: entered and left in a thread of its own."""
+"""What may wait, for coroutines: done in a thread of its own, and never left half done."""
 
 from __future__ import annotations
 
@@ -29,6 +29,11 @@ async def off_loop(manager: AbstractContextManager[T]) -> AsyncIterator[T]:
         yield value
     finally:
         await _to_its_end(_start(lambda: manager.__exit__(None, None, None)))
+
+
+async def run_off_loop(work: Callable[[], T]) -> T:
+    """What `work` returns or raises; a cancellation waits until it is through."""
+    return await _to_its_end(_start(work))
 
 
 def _start(work: Callable[[], T]) -> asyncio.Task[T]:

@@ -8,16 +8,14 @@ each page copied when it is first written.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
-from pathlib import Path
 
 from pytest_vmsandbox.linux import OwnedFd
 
 # fcntl(2): no more sealing, shrinking, growing or writing.
 _ALL_SEALS = 0x1 | 0x2 | 0x4 | 0x8
-_CHUNK_BYTES = 1 << 20
-_ZEROS = bytes(_CHUNK_BYTES)
+CHUNK_BYTES = 1 << 20
+ZEROS = bytes(CHUNK_BYTES)
 
 
 class GuestMemory(OwnedFd):
@@ -49,42 +47,22 @@ def new_memory(name: str, *, size: int) -> GuestMemory:
     return memory
 
 
-def save_memory(memory: GuestMemory, path: Path) -> str:
-    """Write it to a new file, holes as holes; the SHA-256 of all that is not zero."""
-    with path.open("xb") as file:
-        file.truncate(memory.size)
-        return _copy(memory, file.fileno())
+def copy_memory(memory: GuestMemory, name: str) -> GuestMemory:
+    """A copy that can be written, holes as holes; it is the caller's."""
+    copy = new_memory(name, size=memory.size)
+    try:
+        for offset in range(0, memory.size, CHUNK_BYTES):
+            part = os.pread(memory, CHUNK_BYTES, offset)
+            if part != ZEROS[: len(part)]:
+                write_at(copy, part, offset)
+    except BaseException:
+        copy.close()
+        raise
+    return copy
 
 
-def load_memory(path: Path) -> tuple[GuestMemory, str]:
-    """Read a file that `save_memory` wrote into sealed memory, which is the caller's; its SHA-256.
-
-    OSError where it can't be read, or memory is short; nothing is left open then.
-    """
-    with path.open("rb") as file:
-        memory = new_memory("vmsandbox-memory", size=os.fstat(file.fileno()).st_size)
-        try:
-            digest = _copy(file.fileno(), memory)
-            memory.seal()
-        except BaseException:
-            memory.close()
-            raise
-    return memory, digest
-
-
-def _copy(source: int, target: int) -> str:
-    """Copy what is not zero to the same place; the SHA-256 of places and bytes."""
-    # Not what is no hole: file systems differ in where they keep zeros.
-    digest = hashlib.sha256()
-    for offset in range(0, os.fstat(source).st_size, _CHUNK_BYTES):
-        part = os.pread(source, _CHUNK_BYTES, offset)
-        if part != _ZEROS[: len(part)]:
-            digest.update(offset.to_bytes(8) + part)
-            _write_all(target, part, offset)
-    return digest.hexdigest()
-
-
-def _write_all(target: int, part: bytes, offset: int) -> None:
+def write_at(target: int, part: bytes, offset: int) -> None:
+    """Write all of `part` at `offset`."""
     view = memoryview(part)
     while view:
         written = os.pwrite(target, view, offset)

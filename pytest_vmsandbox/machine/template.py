@@ -1,41 +1,57 @@
-"""A template: a machine that was booted once and frozen, as a directory that never changes.
+"""A template: a machine that was prepared once and frozen, as a directory that never changes.
 
-memory          the guest's RAM, sparse
+memory          the guest's RAM, or what differs from that of the template it stands on
+pages           which pages of RAM are in `memory`
 console         what the guest had printed
 state           the state of its devices, as QEMU writes it for a migration
-manifest.json   what it was made of and how long and which content the others must have
+manifest.json   what it was made of, and how long and which content all of it must have
+lock            held by whoever makes it or uses it
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pytest_vmsandbox.errors import VmSandboxError
 from pytest_vmsandbox.machine.frozen import Frozen, state_of
-from pytest_vmsandbox.machine.memory import load_memory, save_memory
+from pytest_vmsandbox.machine.memory import new_memory
+from pytest_vmsandbox.machine.memory_file import (
+    MEMORY,
+    PAGES,
+    MemoryDamaged,
+    hash_memory,
+    load_memory,
+    save_memory,
+)
 
 # It grows whenever a template of the older form would be misread.
-FORMAT = 2
+FORMAT = 3
 
-MEMORY, STATE, CONSOLE, MANIFEST = "memory", "state", "console", "manifest.json"
+STATE, CONSOLE, MANIFEST = "state", "console", "manifest.json"
 
 
 class TemplateDamaged(VmSandboxError):
     """A template is not what its manifest says; it is made anew, never used."""
 
 
+class OtherFormat(TemplateDamaged):
+    """Another version of this package made it, and can read it; we can't."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
     """All that decides what a template is: equal recipes give interchangeable templates.
 
-    `parts` is text by name (image digest, VMM and its version, machine configuration, ...).
+    `parts` is text by name (image digest, VMM and its version, machine configuration, ...);
+    `title` is for people, and decides nothing.
     """
 
     parts: Mapping[str, str]
+    title: str = ""
 
     @property
     def digest(self) -> str:
@@ -46,39 +62,81 @@ class Recipe:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Base:
+    """The template that another one stands on: its digest, and that very making of it.
+
+    The same recipe made twice gives two machines that behave alike, but not the same bytes.
+    """
+
+    digest: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
     """manifest.json: the recipe, the nonce of the boot that was frozen, sizes and checksums."""
 
     digest: str
     parts: Mapping[str, str]
+    title: str
     nonce: str
     memory_bytes: int
     memory_sha256: str
     state_bytes: int
     state_sha256: str
     console_sha256: str
+    base: Base | None
+
+    @property
+    def content(self) -> str:
+        """Which making of the template this is: the SHA-256 of all the others."""
+        text = json.dumps(asdict(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
 
 
-def save_template(directory: Path, *, recipe: Recipe, frozen: Frozen) -> None:
-    """Write a template into an empty directory of ours, for nobody else to read."""
-    digest = save_memory(frozen.memory, directory / MEMORY)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Standing:
+    """A template that another one is made on: as it is named, and its memory."""
+
+    manifest: Manifest
+    frozen: Frozen
+
+    @property
+    def base(self) -> Base:
+        """What the other one says of it."""
+        return Base(digest=self.manifest.digest, content=self.manifest.content)
+
+
+def save_template(
+    directory: Path, *, recipe: Recipe, frozen: Frozen, base: Standing | None = None
+) -> Manifest:
+    """Write a template into an empty directory of ours, for nobody else to read.
+
+    Of its memory, only what is not as in `base`, if it stands on one. The directory counts as a
+    template only once all is written: the manifest is the last.
+    """
+    below = base.frozen.memory if base else None
+    memory_sha256 = save_memory(frozen.memory, directory, base=below)
     state = frozen.read_state()
     (directory / STATE).write_bytes(state)
     (directory / CONSOLE).write_bytes(frozen.console)
     manifest = Manifest(
         digest=recipe.digest,
         parts=recipe.parts,
+        title=recipe.title,
         nonce=frozen.nonce,
         memory_bytes=frozen.memory.size,
-        memory_sha256=digest,
+        memory_sha256=memory_sha256,
         state_bytes=len(state),
         state_sha256=hashlib.sha256(state).hexdigest(),
         console_sha256=hashlib.sha256(frozen.console).hexdigest(),
+        base=base.base if base else None,
     )
-    text = json.dumps({"format": FORMAT, **asdict(manifest)}, indent=2)
-    (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
-    for name in (MEMORY, STATE, CONSOLE, MANIFEST):
+    form = {"format": FORMAT, **asdict(manifest), "content": manifest.content}
+    (directory / MANIFEST).write_text(json.dumps(form, indent=2) + "\n", encoding="utf-8")
+    for name in (MEMORY, PAGES, STATE, CONSOLE, MANIFEST):
         (directory / name).chmod(0o400)
+    return manifest
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -90,55 +148,116 @@ def read_manifest(directory: Path) -> Manifest:
         raise TemplateDamaged(f"{path}: {error}") from error
     match form:
         case {
-            "format": 2,
+            "format": 3,
             "digest": str(digest),
             "parts": dict(parts),
+            "title": str(title),
             "nonce": str(nonce),
             "memory_bytes": int(memory_bytes),
             "memory_sha256": str(memory_sha256),
             "state_bytes": int(state_bytes),
             "state_sha256": str(state_sha256),
             "console_sha256": str(console_sha256),
+            "base": base,
+            "content": str(content),
         }:
             manifest = Manifest(
                 digest=digest,
                 parts={str(name): str(part) for name, part in parts.items()},
+                title=title,
                 nonce=nonce,
                 memory_bytes=memory_bytes,
                 memory_sha256=memory_sha256,
                 state_bytes=state_bytes,
                 state_sha256=state_sha256,
                 console_sha256=console_sha256,
+                base=_parse_base(base),
             )
+        case {"format": int(number)} if number != FORMAT:
+            raise OtherFormat(f"{path}: of format {number}, this is {FORMAT}")
         case _:
             raise TemplateDamaged(f"{path}: not a manifest of format {FORMAT}")
+    if manifest.content != content:
+        raise TemplateDamaged(f"{path}: it is not as it was written")
     if Recipe(parts=manifest.parts).digest != digest:
         raise TemplateDamaged(f"{path}: its digest is not that of its parts")
     return manifest
 
 
-def load_template(directory: Path, recipe: Recipe) -> Frozen:
+def load_template(chain: Sequence[Path], recipe: Recipe) -> tuple[Manifest, Frozen]:
     """Read all of it into sealed memory and check every byte.
 
-    Raises TemplateDamaged where a byte is wrong, or it is one of another recipe.
+    `chain` begins with its own directory; each stands on the next. Raises TemplateDamaged where a
+    byte is wrong, it is one of another recipe, or it was made on another making of its base.
     """
-    manifest = read_manifest(directory)
-    if manifest.digest != recipe.digest:
-        raise TemplateDamaged(f"{directory}: it was made of something else")
+    manifests = read_chain(chain)
+    top = manifests[0]
+    if top.digest != recipe.digest:
+        raise TemplateDamaged(f"{chain[0]}: it was made of something else")
+    memory = new_memory("vmsandbox-memory", size=top.memory_bytes)
     try:
-        state = (directory / STATE).read_bytes()
-        console = (directory / CONSOLE).read_bytes()
-        memory, digest = load_memory(directory / MEMORY)
-    except OSError as error:
-        raise TemplateDamaged(str(error)) from error
-    right = (
-        digest == manifest.memory_sha256
-        and memory.size == manifest.memory_bytes
-        and len(state) == manifest.state_bytes
-        and hashlib.sha256(state).hexdigest() == manifest.state_sha256
-        and hashlib.sha256(console).hexdigest() == manifest.console_sha256
-    )
-    if not right:
+        for directory, manifest in reversed(list(zip(chain, manifests, strict=True))):
+            if load_memory(directory, memory) != manifest.memory_sha256:
+                raise TemplateDamaged(f"{directory}: its memory is not what its manifest says")
+        memory.seal()
+        state, console = _state(chain[0], top), _console(chain[0], top)
+        return top, Frozen(nonce=top.nonce, memory=memory, state=state_of(state), console=console)
+    except (OSError, MemoryDamaged) as error:
         memory.close()
-        raise TemplateDamaged(f"{directory}: its content is not what its manifest says")
-    return Frozen(nonce=manifest.nonce, memory=memory, state=state_of(state), console=console)
+        raise TemplateDamaged(str(error)) from error
+    except BaseException:
+        memory.close()
+        raise
+
+
+def check_template(chain: Sequence[Path], *, every_byte: bool = True) -> None:
+    """Compare every byte of the first one with its manifest; TemplateDamaged says what differs.
+
+    Without `every_byte`, only whether the manifests fit each other.
+    """
+    top = read_chain(chain)[0]
+    if not every_byte:
+        return
+    try:
+        if hash_memory(chain[0], size=top.memory_bytes) != top.memory_sha256:
+            raise TemplateDamaged(f"{chain[0]}: its memory is not what its manifest says")
+        _state(chain[0], top)
+        _console(chain[0], top)
+    except (OSError, MemoryDamaged) as error:
+        raise TemplateDamaged(str(error)) from error
+
+
+def read_chain(chain: Sequence[Path]) -> list[Manifest]:
+    """The manifests of all of them; TemplateDamaged where one does not stand on the next."""
+    manifests = [read_manifest(directory) for directory in chain]
+    for directory, manifest, below in zip(chain, manifests, [*manifests[1:], None], strict=True):
+        stands_on = below and Base(digest=below.digest, content=below.content)
+        if manifest.base != stands_on or (below and below.memory_bytes != manifest.memory_bytes):
+            raise TemplateDamaged(f"{directory}: what it was made on is there no more")
+    return manifests
+
+
+def _state(directory: Path, manifest: Manifest) -> bytes:
+    state = (directory / STATE).read_bytes()
+    right = (manifest.state_bytes, manifest.state_sha256)
+    if (len(state), hashlib.sha256(state).hexdigest()) != right:
+        raise TemplateDamaged(
+            f"{directory}: the state of its devices is not what its manifest says"
+        )
+    return state
+
+
+def _console(directory: Path, manifest: Manifest) -> bytes:
+    console = (directory / CONSOLE).read_bytes()
+    if hashlib.sha256(console).hexdigest() != manifest.console_sha256:
+        raise TemplateDamaged(f"{directory}: its console is not what its manifest says")
+    return console
+
+
+def _parse_base(form: object) -> Base | None:
+    match form:
+        case None:
+            return None
+        case {"digest": str(digest), "content": str(content)}:
+            return Base(digest=digest, content=content)
+    raise TemplateDamaged(f"no manifest says of its base {form!r}")

@@ -1,111 +1,306 @@
 """The cache of templates: made once by whoever comes first, published whole, noticed when damaged.
 
     templates/DIGEST/         published templates
-    templates/DIGEST.lock     held by whoever makes that one
-    templates/.new-*          being made, or left by a process that was killed over it
+    templates/.new-DIGEST/    being made, or left by a process that was killed over it
+    templates/.old-*/         on its way out
 
-A template is read into memory as a whole before it is used: whoever removes or replaces it here
-harms no machine that runs.
+A template is in use while a process that has read it lives. It is read into memory as a whole: who
+removes or replaces it here harms no machine that runs, but the next one would have to be made anew.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 import shutil
-import tempfile
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+import stat
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from pytest_vmsandbox.deadline import Deadline
+from pytest_vmsandbox.errors import RequestInvalid
+from pytest_vmsandbox.linux import OwnedFd
 from pytest_vmsandbox.machine.frozen import Frozen
 from pytest_vmsandbox.machine.template import (
     MANIFEST,
+    Base,
+    Manifest,
     Recipe,
     TemplateDamaged,
     load_template,
+    read_manifest,
+)
+from pytest_vmsandbox.machine.template_locks import (
+    LOCK,
+    changing,
+    own,
+    share,
+    share_what_is_owned,
 )
 
-# What templates may take on disk together, in bytes, unless one alone takes more.
+# What templates may take on disk together, in bytes, unless those in use alone take more.
 LIMIT_BYTES = 4 << 30
 
+# A template on a template on a template ...: who comes this deep goes round in a circle.
+_DEEPEST = 64
+
 _NEW, _OLD = ".new-", ".old-"
+_POLL_S = 0.05
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kept:
+    """A template that this process has read, or made: in use until it is closed.
+
+    `manifest` is None where it is not in the cache, and lives only as long as this.
+    """
+
+    manifest: Manifest | None
+    frozen: Frozen
+    locks: tuple[OwnedFd, ...]
+
+    def close(self) -> None:
+        """Give memory and locks back."""
+        self.frozen.close()
+        for lock in self.locks:
+            lock.close()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shelved:
+    """A published template as it lies there; `manifest` is None where that can't be read."""
+
+    directory: Path
+    manifest: Manifest | None
+    bytes: int
+    last_use: float
 
 
 class TemplateCache:
-    """The templates below one cache directory, shared by all processes of a user."""
+    """The templates below one cache directory, shared by all processes of a user.
 
-    def __init__(self, cache_dir: Path) -> None:
-        self._directory = cache_dir / "templates"
+    Every method raises RequestInvalid where the directory belongs to somebody else: whoever can
+    write a template decides what runs in our tests.
+    """
 
-    def load(self, recipe: Recipe) -> Frozen | None:
+    def __init__(self, cache_dir: Path, *, limit_bytes: int = LIMIT_BYTES) -> None:
+        self.directory = cache_dir / "templates"
+        self._limit_bytes = limit_bytes
+
+    def load(self, recipe: Recipe) -> Kept | None:
         """The template of that recipe, in memory; None where there is none that is whole.
 
-        A damaged one is removed, where that can be done. It counts as used just now.
+        It counts as used just now, and so does all that it stands on.
         """
-        place = self._place(recipe)
-        try:
-            frozen = load_template(place, recipe)
-        except TemplateDamaged:
-            with suppress(OSError):
-                self._discard(place)
-            return None
-        with suppress(OSError):
-            os.utime(place / MANIFEST)
-        return frozen
+        with ExitStack() as undo:
+            try:
+                chain, locks = self._shared(recipe, undo)
+                manifest, frozen = load_template(chain, recipe)
+            except (TemplateDamaged, FileNotFoundError, NotADirectoryError):
+                return None
+            for directory in chain:
+                with suppress(OSError):
+                    os.utime(directory / MANIFEST)
+            undo.pop_all()
+            return Kept(manifest=manifest, frozen=frozen, locks=tuple(locks))
 
     @asynccontextmanager
-    async def making(self, recipe: Recipe, *, deadline: Deadline) -> AsyncIterator[None]:
-        """Only one process at a time is in this block for the same recipe; TimedOut if too long."""
-        self._directory.mkdir(parents=True, mode=0o700, exist_ok=True)
-        lock = FileLock(f"{self._place(recipe)}.lock", mode=0o600, thread_local=False)
-        try:
-            await asyncio.to_thread(lock.acquire, timeout=deadline.timeout_s or -1)
-        except Timeout:
-            raise deadline.timed_out(f"the lock {lock.lock_file}") from None
-        try:
-            yield
-        finally:
-            lock.release()
+    async def making(
+        self, recipe: Recipe, *, deadline: Deadline, on_wait: Callable[[], None] = lambda: None
+    ) -> AsyncIterator[Making]:
+        """Only one process at a time is in this block for the same recipe; TimedOut if too long.
 
-    def publish(self, recipe: Recipe, write: Callable[[Path], None]) -> None:
-        """Put a template, which `write` writes into an empty directory, in its place at once.
-
-        To be called inside `making`. Whatever `write` raises, nothing is published.
+        `on_wait` is told once if another one is. Raises OSError where nothing can be written.
         """
-        staging = Path(tempfile.mkdtemp(prefix=f"{_NEW}{recipe.digest[:16]}-", dir=self._directory))
+        making = self._begin(recipe)
+        if making is None:
+            on_wait()
+        while making is None:
+            if deadline.passed:
+                raise deadline.timed_out(f"the end of who makes {self._place(recipe.digest)}")
+            await asyncio.sleep(_POLL_S)
+            making = self._begin(recipe)
         try:
-            write(staging)
-            self._discard(self._place(recipe))
-            staging.rename(self._place(recipe))
+            yield making
         finally:
-            shutil.rmtree(staging, ignore_errors=True)
-        self._prune(keep=recipe)
+            await asyncio.to_thread(making.end)
 
-    def _place(self, recipe: Recipe) -> Path:
-        return self._directory / recipe.digest[:32]
+    def shelved(self) -> list[Shelved]:
+        """All that are published, the one that was used last at the end."""
+        if not self._is_there():
+            return []
+        found = [_look_at(path) for path in self.directory.iterdir() if _is_published(path)]
+        return sorted(found, key=lambda one: one.last_use)
 
-    def _discard(self, place: Path) -> None:
-        """Take it out of sight in one step, then remove it."""
-        with suppress(FileNotFoundError):
-            out_of_sight = Path(tempfile.mkdtemp(prefix=_OLD, dir=self._directory))
-            try:
-                place.rename(out_of_sight / "template")
-            finally:
-                shutil.rmtree(out_of_sight, ignore_errors=True)
+    def chain_of(self, directory: Path) -> list[Path]:
+        """Its directory and those of all that it stands on; TemplateDamaged if one is gone."""
+        chain = [directory]
+        while (base := read_manifest(chain[-1]).base) is not None:
+            chain.append(self._place(base.digest))
+            if len(chain) > _DEEPEST:
+                raise TemplateDamaged(f"{directory}: it stands on itself")
+        return chain
 
-    def _prune(self, *, keep: Recipe) -> None:
-        """Remove those that were not used for longest, until the others are within the limit."""
-        sizes = {path: _size(path) for path in self._directory.glob("[0-9a-f]*") if path.is_dir()}
-        for path in sorted(sizes, key=_last_use):
-            if sum(sizes.values()) <= LIMIT_BYTES:
-                return
-            if path != self._place(keep):
-                self._discard(path)
-                del sizes[path]
+    def remove(self, directory: Path) -> bool:
+        """Remove a template; False where one stands on it, or a process uses it."""
+        with changing(self.directory):
+            gone = self._taken_away(directory)
+        _remove(gone)
+        return gone is not None
+
+    def in_use(self, directory: Path) -> bool:
+        """Whether a process uses it now."""
+        with changing(self.directory), suppress(FileNotFoundError):
+            lock = own(directory)
+            if lock is None:
+                return True
+            lock.close()
+        return False
+
+    def tidy(self) -> None:
+        """Remove what killed processes left, then what was not used for longest, to the limit."""
+        for path in self.directory.glob(f"{_OLD}*"):
+            shutil.rmtree(path, ignore_errors=True)
+        for path in self.directory.glob(f"{_NEW}*"):
+            self.remove(path)
+        shelved = self.shelved()
+        while sum(one.bytes for one in shelved) > self._limit_bytes:
+            if not any(self.remove(one.directory) for one in shelved):
+                return  # the others are in use
+            shelved = self.shelved()
+
+    def _begin(self, recipe: Recipe) -> Making | None:
+        """Become the one who makes it; None where somebody else is."""
+        self.directory.mkdir(parents=True, mode=0o700, exist_ok=True)
+        self._is_there()
+        staging = self.directory / f"{_NEW}{recipe.digest[:32]}"
+        with changing(self.directory):
+            staging.mkdir(mode=0o700, exist_ok=True)
+            lock = own(staging)
+        if lock is None:
+            return None
+        return Making(self, staging, self._place(recipe.digest), lock)
+
+    def _shared(self, recipe: Recipe, undo: ExitStack) -> tuple[list[Path], list[OwnedFd]]:
+        """Where it and all that it stands on lie, and the locks of those who use them."""
+        if not self._is_there():
+            raise FileNotFoundError(self.directory)
+        with changing(self.directory):
+            chain = self.chain_of(self._place(recipe.digest))
+            locks = []
+            for directory in chain:
+                lock = share(directory)
+                if lock is None:
+                    raise TemplateDamaged(f"{directory}: somebody is about to remove it")
+                undo.callback(lock.close)
+                locks.append(lock)
+        return chain, locks
+
+    def _place(self, digest: str) -> Path:
+        return self.directory / digest[:32]
+
+    def _is_there(self) -> bool:
+        """Whether there is a directory; RequestInvalid where it is not ours alone."""
+        try:
+            state = self.directory.stat()
+        except FileNotFoundError:
+            return False
+        if state.st_uid != os.geteuid() or state.st_mode & 0o022 or not stat.S_ISDIR(state.st_mode):
+            raise RequestInvalid(
+                f"{self.directory} is not a directory of uid {os.geteuid()} that nobody else may "
+                f"write: it belongs to uid {state.st_uid}, mode {stat.S_IMODE(state.st_mode):04o}; "
+                "who can write a template decides what runs in your tests",
+                "choose another place with --vm-cache-dir, or chmod go-w it",
+            )
+        return True
+
+    def _taken_away(self, directory: Path) -> Path | None:
+        """Put it out of sight, where nobody uses it and none stands on it; while `changing`."""
+        if any(directory in self._below(other) for other in self._published()):
+            return None
+        try:
+            lock = own(directory)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        if lock is None:
+            return None
+        with lock:
+            return self.out_of_sight(directory)
+
+    def _published(self) -> Iterator[Path]:
+        return (path for path in self.directory.iterdir() if _is_published(path))
+
+    def _below(self, directory: Path) -> list[Path]:
+        """What a template stands on; nothing where its manifest can't be read."""
+        with suppress(TemplateDamaged):
+            base = read_manifest(directory).base
+            return [self._place(base.digest)] if base and self._is_still(base) else []
+        return []
+
+    def _is_still(self, base: Base) -> bool:
+        """Whether that very making of a template is there."""
+        with suppress(TemplateDamaged):
+            return read_manifest(self._place(base.digest)).content == base.content
+        return False
+
+    def out_of_sight(self, directory: Path) -> Path:
+        """Put a directory where `tidy` removes it if we can't; to be called while `changing`."""
+        return directory.rename(self.directory / f"{_OLD}{secrets.token_hex(16)}")
+
+
+class Making:
+    """A template that is being made, in a directory that becomes it, or goes."""
+
+    def __init__(self, cache: TemplateCache, staging: Path, place: Path, lock: OwnedFd) -> None:
+        self._cache, self._staging, self._place, self._lock = cache, staging, place, lock
+        self._published = False
+
+    def publish(self, write: Callable[[Path], Manifest], frozen: Frozen) -> Kept:
+        """Put it in its place at once, as soon as `write` has written it into an empty directory.
+
+        It is in use by us then, and so is `frozen`, what was written. Whatever `write` raises,
+        nothing is published, and `frozen` is still the caller's.
+        """
+        _empty(self._staging)
+        manifest = write(self._staging)
+        away: Path | None = None
+        with changing(self._cache.directory):
+            if self._place.exists():  # and damaged, or made on a base that is no more
+                away = self._cache.out_of_sight(self._place)
+            self._staging.rename(self._place)
+            self._published = True
+            share_what_is_owned(self._lock)
+        with suppress(OSError):  # it is published, whatever else can't be removed
+            _remove(away)
+            self._cache.tidy()
+        return Kept(manifest=manifest, frozen=frozen, locks=(self._lock,))
+
+    def end(self) -> None:
+        """Leave nothing of what was not published."""
+        if self._published:
+            return
+        with self._lock, suppress(OSError):
+            with changing(self._cache.directory):
+                away = self._cache.out_of_sight(self._staging)
+            _remove(away)
+
+
+def _is_published(path: Path) -> bool:
+    return not path.name.startswith(".") and path.is_dir()
+
+
+def _look_at(directory: Path) -> Shelved:
+    manifest, last_use = None, 0.0
+    with suppress(TemplateDamaged):
+        manifest = read_manifest(directory)
+    with suppress(OSError):
+        last_use = (directory / MANIFEST).stat().st_mtime
+    return Shelved(
+        directory=directory, manifest=manifest, bytes=_size(directory), last_use=last_use
+    )
 
 
 def _size(directory: Path) -> int:
@@ -115,7 +310,13 @@ def _size(directory: Path) -> int:
     return 0
 
 
-def _last_use(directory: Path) -> float:
-    with suppress(OSError):
-        return (directory / MANIFEST).stat().st_mtime
-    return 0.0
+def _empty(staging: Path) -> None:
+    """Remove what a killed maker has left in it, but for the lock, which we hold."""
+    for path in staging.iterdir():
+        if path.name != LOCK:
+            path.unlink()
+
+
+def _remove(directory: Path | None) -> None:
+    if directory is not None:
+        shutil.rmtree(directory, ignore_errors=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import platform
 import shlex
-from contextlib import AsyncExitStack, ExitStack
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,13 +14,14 @@ from pathlib import Path
 from pytest_vmsandbox.deadline import Deadline
 from pytest_vmsandbox.errors import TimedOut
 from pytest_vmsandbox.image.progress import Progress
+from pytest_vmsandbox.jail.off_loop import run_off_loop
 from pytest_vmsandbox.machine.build import Build
 from pytest_vmsandbox.machine.controller import MachineController
 from pytest_vmsandbox.machine.freezing import freeze
 from pytest_vmsandbox.machine.frozen import Frozen
-from pytest_vmsandbox.machine.memory import new_memory
-from pytest_vmsandbox.machine.template import Recipe, save_template
-from pytest_vmsandbox.machine.template_cache import TemplateCache
+from pytest_vmsandbox.machine.memory import GuestMemory, new_memory
+from pytest_vmsandbox.machine.template import Recipe, Standing, save_template
+from pytest_vmsandbox.machine.template_cache import Kept, Making, TemplateCache
 from pytest_vmsandbox.vmm.launch import Handed, Memory, VmmView
 from pytest_vmsandbox.vmm.qemu import QemuConfig, render_command
 
@@ -39,91 +41,149 @@ class Templates:
     def __init__(self, cache: TemplateCache, *, progress: Progress) -> None:
         self._cache = cache
         self._progress = progress
-        self.incidents: list[str] = []
-        self._frozen: dict[str, Frozen] = {}
+        self._kept: dict[str, Kept] = {}
         self._finding = asyncio.Lock()
+        self.incidents: list[str] = []
 
     async def frozen(self, build: Build) -> Frozen:
         """What a machine of that build is restored from; it is made if it is nowhere yet.
 
         `build` is the machine's own: the template is booted in its directory, in its tier.
         """
+        return (await self.booted(build)).frozen
+
+    async def booted(self, build: Build) -> Kept:
+        """The template of a machine that was booted and nothing else."""
         recipe = recipe_of(build)
         async with self._finding:
-            if recipe.digest not in self._frozen:
-                self._frozen[recipe.digest] = await self._find_or_make(recipe, build)
-            return self._frozen[recipe.digest]
+            if found := await self.find(recipe):
+                return found
+            async with self.making(recipe, time_scale=build.time_scale) as making:
+                if found := await self.find(recipe):
+                    return found
+                self._progress.step(f"template of {build.image}: booting it once, and freezing it")
+                return await self.publish(making, recipe, await _boot_and_freeze(build))
 
-    def close(self) -> None:
-        """Give their memory back; machines that were restored keep what they have of it."""
-        for frozen in self._frozen.values():
-            frozen.close()
-        self._frozen.clear()
-
-    async def _find_or_make(self, recipe: Recipe, build: Build) -> Frozen:
-        if found := await asyncio.to_thread(self._cache.load, recipe):
-            return found
-        deadline = Deadline.after(seconds=MAKE_S * build.time_scale)
-        async with AsyncExitStack() as making:
+    async def find(self, recipe: Recipe) -> Kept | None:
+        """The template of that recipe, if we have it or it is in the cache and whole."""
+        if recipe.digest not in self._kept:
+            # What was loaded for somebody who waits no more is given back at once.
+            loading = asyncio.create_task(asyncio.to_thread(self._cache.load, recipe))
             try:
-                await making.enter_async_context(self._cache.making(recipe, deadline=deadline))
+                found = await asyncio.shield(loading)
+            except asyncio.CancelledError:
+                loading.add_done_callback(_give_back)
+                raise
+            if found is None:
+                return None
+            self._kept[recipe.digest] = found
+        return self._kept[recipe.digest]
+
+    @asynccontextmanager
+    async def making(self, recipe: Recipe, *, time_scale: float) -> AsyncIterator[Making | None]:
+        """Be the only one who makes it; None where the cache can't be written."""
+        deadline = Deadline.after(seconds=MAKE_S * time_scale)
+        waits = f"{recipe.title}: waiting for another process, which makes it"
+        async with AsyncExitStack() as stack:
+            making = None
+            try:
+                making = await stack.enter_async_context(
+                    self._cache.making(
+                        recipe, deadline=deadline, on_wait=partial(self._progress.step, waits)
+                    )
+                )
             except TimedOut:
                 raise
             except OSError as error:
-                return self._not_kept(await self._made(build), error)
-            if found := await asyncio.to_thread(self._cache.load, recipe):
-                return found
-            frozen = await self._made(build)
+                self._not_kept(recipe, error)
+            yield making
+
+    async def publish(
+        self, making: Making | None, recipe: Recipe, frozen: Frozen, *, base: Kept | None = None
+    ) -> Kept:
+        """Put it into the cache; where that can't be, it lives as long as we do.
+
+        `frozen` is ours from here on.
+        """
+        self._kept[recipe.digest] = Kept(manifest=None, frozen=frozen, locks=())
+        standing = _standing(base)
+        if making is not None and (base is None or standing is not None):
+            write = partial(save_template, recipe=recipe, frozen=frozen, base=standing)
+
+            def publish() -> None:
+                self._kept[recipe.digest] = making.publish(write, frozen)
+
             try:
-                write = partial(save_template, recipe=recipe, frozen=frozen)
-                await asyncio.to_thread(self._cache.publish, recipe, write)
+                await run_off_loop(publish)
             except OSError as error:
-                self._not_kept(frozen, error)
-            except BaseException:
-                frozen.close()
-                raise
-            return frozen
+                self._not_kept(recipe, error)
+        return self._kept[recipe.digest]
 
-    def _not_kept(self, frozen: Frozen, error: OSError) -> Frozen:
-        """A disk that is full or can't be written to costs the next run time, and no more."""
-        self.incidents.append(f"a template could not be kept, the next run makes it anew: {error}")
-        return frozen
+    def close(self) -> None:
+        """Give their memory back; machines that were restored keep what they have of it."""
+        for kept in self._kept.values():
+            kept.close()
+        self._kept.clear()
 
-    async def _made(self, build: Build) -> Frozen:
-        self._progress.step(f"template of {build.image}: booting it once, and freezing it")
-        config = build.config
-        with ExitStack() as undo:
-            memory = new_memory("vmsandbox-template", size=config.memory_mib << 20)
-            undo.callback(memory.close)
-            shared = replace(config, name=NAME, memory=Memory(memory), freezable=True)
-            machine = MachineController(replace(build, config=shared))
-            try:
-                await machine.power_on()
-                nonce = machine.running.order.nonce
-                deadline = Deadline.after(seconds=FREEZE_S * build.time_scale)
-                state = await freeze(machine.running, deadline=deadline)
-                undo.callback(state.close)
-                console = machine.console.held
-            finally:
-                await machine.power_cut()
-            memory.seal()  # the VMM is gone, which had it mapped
-            undo.pop_all()
-            return Frozen(nonce=nonce, memory=memory, state=state, console=console)
+    def _not_kept(self, recipe: Recipe, error: OSError) -> None:
+        told = f"{recipe.title}: made for this run only, it could not be kept: {error}"
+        if told not in self.incidents:
+            self.incidents.append(told)
+
+
+async def _boot_and_freeze(build: Build) -> Frozen:
+    memory = new_memory("vmsandbox-template", size=build.config.memory_mib << 20)
+    try:
+        machine = MachineController(sharing(build, memory, name=NAME))
+        try:
+            await machine.power_on()
+            return await freeze_for_good(machine, memory)
+        finally:
+            await machine.power_cut()
+    except BaseException:
+        memory.close()
+        raise
+
+
+def sharing(build: Build, memory: GuestMemory, *, name: str) -> Build:
+    """The same, but its memory is `memory`, where it can be frozen."""
+    config = replace(build.config, name=name, memory=Memory(memory), freezable=True)
+    return replace(build, config=config)
+
+
+async def freeze_for_good(machine: MachineController, memory: GuestMemory) -> Frozen:
+    """Freeze a machine that shares `memory` with us; it is ended.
+
+    Whatever is raised, `memory` is still the caller's.
+    """
+    nonce = machine.running.order.nonce
+    deadline = Deadline.after(seconds=FREEZE_S * machine.build.time_scale)
+    state = await freeze(machine.running, deadline=deadline)
+    try:
+        console = machine.console.held
+        await machine.power_cut()
+        memory.seal()  # the VMM is gone, which had it mapped
+    except BaseException:
+        state.close()
+        raise
+    return Frozen(nonce=nonce, memory=memory, state=state, console=console)
 
 
 def recipe_of(build: Build) -> Recipe:
     """All that a machine's template depends on, and nothing of this run."""
+    config = build.config
     return Recipe(
+        title=f"{build.image}, {config.memory_mib} MiB, {config.cpus} cpus, {config.accel}",
         parts={
             "image": build.image_digest,
             # An image's manifest is believed; whoever put another kernel beside it gets that one.
             "files": ", ".join(
-                _version_of(file) for file in build.config.files if isinstance(file, Path)
+                _version_of(file) for file in config.files if isinstance(file, Path)
             ),
-            "vmm": f"{build.config.program} {_version_of(Path(build.config.program))}",
-            "command": shlex.join(render_command(_without_this_run(build.config))),
-            "processor": _processor() if build.config.accel == "kvm" else "emulated",
-        }
+            "vmm": f"{config.program} {_version_of(Path(config.program))}",
+            "command": shlex.join(render_command(_without_this_run(config))),
+            "processor": _processor() if config.accel == "kvm" else "emulated",
+        },
     )
 
 
@@ -147,3 +207,15 @@ def _processor() -> str:
     return f"{platform.machine()} " + "; ".join(
         sorted({line for line in lines if line.startswith(wanted)})
     )
+
+
+def _standing(base: Kept | None) -> Standing | None:
+    """What a layer on `base` says of it; None where `base` itself could not be kept."""
+    if base is None or base.manifest is None:
+        return None
+    return Standing(manifest=base.manifest, frozen=base.frozen)
+
+
+def _give_back(loading: asyncio.Task[Kept | None]) -> None:
+    if not loading.cancelled() and loading.exception() is None and (found := loading.result()):
+        found.close()
