@@ -21,7 +21,7 @@ SUDO_RULES = {
     "qemu-vm": "{user} ALL=(qemu-vm) NOPASSWD: ALL",
 }
 
-_HANDED_ON = ("VMSANDBOX_SEED", "VMSANDBOX_MOMENTS")
+_HANDED_ON = ("VMSANDBOX_SEED", "VMSANDBOX_MOMENTS", "VMSANDBOX_RESTORES")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
