@@ -33,6 +33,7 @@ from pytest_vmsandbox.guest.messages import (
     TOKEN_SIZE,
     ExecRequest,
     Hello,
+    Identity,
     Power,
     TransferKind,
     encode_addresses,
@@ -44,7 +45,6 @@ from pytest_vmsandbox.guest.messages import (
     parse_status,
     parse_welcome,
 )
-from pytest_vmsandbox.guest.payload import encode_text
 from pytest_vmsandbox.guest.process import GuestProcess
 from pytest_vmsandbox.guest.streams import READ_WINDOW
 from pytest_vmsandbox.guest.waiting import Changes, fresh
@@ -56,6 +56,8 @@ SILENCE_S = 30.0
 _FIRST_RETRY_S = 0.25
 _PAD_AFTER_S = 3.0
 _PADDING = bytes(FRAME_MAX)
+
+NOBODY = Identity()
 
 
 class _Reply:
@@ -85,7 +87,7 @@ async def open_channel(  # noqa: PLR0913 - each a fact of its own about one hand
     name: str,
     nonce: str,
     deadline: Deadline,
-    restore_id: str = "",
+    identity: Identity = NOBODY,
     keep_processes: bool = False,
     used_before: bool = False,
     silence_s: float = SILENCE_S,
@@ -103,7 +105,7 @@ async def open_channel(  # noqa: PLR0913 - each a fact of its own about one hand
         await channel.handshake(
             nonce=nonce,
             deadline=deadline,
-            restore_id=restore_id,
+            identity=identity,
             keep_processes=keep_processes,
             used_before=used_before,
         )
@@ -154,25 +156,28 @@ class Channel:
         *,
         nonce: str,
         deadline: Deadline,
-        restore_id: str = "",
+        identity: Identity = NOBODY,
         keep_processes: bool = False,
         used_before: bool = False,
     ) -> Hello:
         """Introduce ourselves (again, after a reboot or a restore) and learn who answers.
 
         Outstanding work fails with ChannelLost first. The agent kills what a former session had
-        started, or lets it run on unheard if `keep_processes`. Raises TimedOut when nobody answers
-        by the deadline, ChannelLost when another machine does.
+        started, or lets it run on unheard if `keep_processes`, and gives the machine `identity`.
+        Raises TimedOut when nobody answers by the deadline, ChannelLost when another machine does,
+        OSError of the guest when the machine can't have that identity.
         """
         self._require_usable()
         self._fail_outstanding(ChannelLost(self.name, "the channel was opened anew"))
         self._token, self._welcome = os.urandom(TOKEN_SIZE), None
         self._line.parser.hunt()
-        hello = encode_hello(self._token, keep_processes=keep_processes, restore_id=restore_id)
+        hello = encode_hello(self._token, keep_processes=keep_processes, identity=identity)
         pad_after_s = 0.0 if used_before else _PAD_AFTER_S
         answer = await self._introduce(hello, deadline=deadline, pad_after_s=pad_after_s)
         self._check_identity(answer, nonce=nonce)
         self.hello = answer
+        if answer.refusal is not None:
+            raise answer.refusal
         return answer
 
     async def _introduce(self, hello: bytes, *, deadline: Deadline, pad_after_s: float) -> Hello:
@@ -254,22 +259,6 @@ class Channel:
     async def pull(self, source: str, target: Path, *, limit_bytes: int | None = None) -> None:
         """Copy a file or tree of the guest to the host (see files.pull)."""
         await files.pull(self, source, target, limit_bytes=limit_bytes)
-
-    async def set_clock(self, unix_ns: int) -> None:
-        """Step CLOCK_REALTIME to `unix_ns` nanoseconds since 1970."""
-        await self._request(FrameType.CLOCK, unix_ns.to_bytes(8, "little"))
-
-    async def reseed(self, entropy: bytes) -> None:
-        """Mix up to 512 bytes into the kernel's random pool, and reseed its generator at once."""
-        await self._request(FrameType.RESEED, entropy)
-
-    async def set_hostname(self, name: str) -> None:
-        """Set the kernel's host name."""
-        await self._request(FrameType.HOSTNAME, encode_text(name))
-
-    async def set_machine_id(self, hex_id: str) -> None:
-        """Write /etc/machine-id."""
-        await files.perform(self, TransferKind.MACHINE_ID, path=hex_id)
 
     async def set_addresses(
         self,

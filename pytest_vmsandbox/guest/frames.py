@@ -38,10 +38,7 @@ class FrameType(IntEnum):
     SIGNAL = 10
     KILL = 11
     RESIZE = 12
-    CLOCK = 13
-    RESEED = 14
-    HOSTNAME = 15
-    POWER = 16
+    POWER = 13
     WELCOME = 64
     DONE = 65
     FAILED = 66

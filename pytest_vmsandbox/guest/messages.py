@@ -13,7 +13,7 @@ from ipaddress import IPv4Address, IPv4Interface, IPv6Address, IPv6Interface
 from pytest_vmsandbox.guest.frames import PAYLOAD_MAX, FrameType, ProtocolViolated, encode_frame
 from pytest_vmsandbox.guest.payload import PayloadReader, encode_text
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 TOKEN_SIZE = 16
 REQUEST_MAX = 2 * 1024 * 1024
 KEEP_MODE = 0xFFFFFFFF
@@ -40,8 +40,7 @@ class TransferKind(IntEnum):
     TREE_GET = 3
     TREE_PUT = 4
     SYNC = 5
-    MACHINE_ID = 6
-    ADDRESSES = 7
+    ADDRESSES = 6
 
 
 class Power(IntEnum):
@@ -83,33 +82,60 @@ class ExecRequest:
 class Hello:
     """Who answered: facts that the agent states about itself and its machine.
 
-    `sessions` counts the hosts that have introduced themselves since the agent started.
+    `sessions` counts the hosts that have introduced themselves since the agent started. `refusal`
+    says which part of the identity that we wished for it could not take, and why.
     """
 
     protocol: int
-    is_init: bool
-    sessions: int
-    agent_version: str
-    nonce: str
-    boot_id: str
-    kernel: str
-    architecture: str
-    hostname: str
-    restore_id: str
+    is_init: bool = False
+    sessions: int = 0
+    agent_version: str = ""
+    nonce: str = ""
+    boot_id: str = ""
+    kernel: str = ""
+    architecture: str = ""
+    hostname: str = ""
+    restore_id: str = ""
+    refusal: OSError | None = None
 
 
-def encode_hello(token: bytes, *, keep_processes: bool, restore_id: str) -> bytes:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """What the agent makes of its machine before it answers a host; what is empty stays as it is.
+
+    `machine_id` is 32 hexadecimal digits (machine-id(5)), `unix_ns` the time in nanoseconds since
+    1970, and up to 512 bytes of `entropy` go into the kernel's random pool, which is then reseeded.
+    """
+
+    restore_id: str = ""
+    hostname: str = ""
+    machine_id: str = ""
+    unix_ns: int = 0
+    entropy: bytes = b""
+
+
+def encode_hello(token: bytes, *, keep_processes: bool, identity: Identity) -> bytes:
     """The host introduces itself; the agent resets, and repeats the token."""
-    payload = token + struct.pack("<I", int(keep_processes)) + encode_text(restore_id)
-    return encode_frame(FrameType.HELLO, id_=0, payload=payload)
+    parts = (
+        token,
+        struct.pack("<I", int(keep_processes)),
+        encode_text(identity.restore_id),
+        encode_text(identity.hostname),
+        encode_text(identity.machine_id),
+        struct.pack("<Q", identity.unix_ns),
+        identity.entropy,
+    )
+    return encode_frame(FrameType.HELLO, id_=0, payload=b"".join(parts))
 
 
 def parse_welcome(payload: memoryview) -> tuple[bytes, Hello]:
     """The agent's answer: the token that it repeats, and its facts."""
     fields = PayloadReader(payload)
-    token = fields.take(TOKEN_SIZE)
+    token, protocol = fields.take(TOKEN_SIZE), fields.u32()
+    if protocol != PROTOCOL_VERSION:  # whatever else it says, it says it in another language
+        return token, Hello(protocol=protocol)
     hello = Hello(
-        protocol=fields.u32(),
+        protocol=protocol,
         is_init=bool(fields.u32()),
         sessions=fields.u32(),
         agent_version=fields.text(at_most=64),
@@ -119,9 +145,15 @@ def parse_welcome(payload: memoryview) -> tuple[bytes, Hello]:
         architecture=fields.text(at_most=65),
         hostname=fields.text(at_most=65),
         restore_id=fields.text(at_most=64),
+        refusal=_parse_refusal(fields),
     )
     fields.end()
     return token, hello
+
+
+def _parse_refusal(fields: PayloadReader) -> OSError | None:
+    number, what = fields.u32(), fields.text(at_most=256)
+    return guest_error(number, what) if number else None
 
 
 def encode_exec(request: ExecRequest, *, window: int) -> bytes:

@@ -13,18 +13,19 @@ from pytest_vmsandbox.machine.running import Running
 # How often QEMU is asked whether it has finished; it takes some ten milliseconds.
 _POLL_S = 0.002
 _STATE = "state"
+# What RCU and timers of the guest need to clean up behind a process that has ended.
+_SETTLE_S = 0.05
 
 
 async def freeze(running: Running, *, deadline: Deadline) -> OwnedFd:
     """Stop the guest and give the state of its devices, which is the caller's.
 
-    Its memory is what was shared with it.
-    The channel to its agent is closed before, so that nothing of it is under way. The VMM is good
-    for nothing but being ended afterwards. RequestInvalid names the device that forbids it;
-    BootFailed when QEMU could not.
+    Its memory is what was shared with it. The channel to its agent stays open, with nothing under
+    way: a restored guest then finds its line as it was. The VMM is good for nothing but being ended
+    afterwards. RequestInvalid names the device that forbids it; BootFailed when QEMU could not.
     """
     await running.channel.sync()
-    await running.hang_up()
+    await _settle(running, deadline=deadline)
     # Not stopped by us: QEMU does that at the end of the migration, and notes that it ran until
     # then, so that what is restored runs at once.
     qmp = running.qmp
@@ -38,6 +39,13 @@ async def freeze(running: Running, *, deadline: Deadline) -> OwnedFd:
         state.close()
         raise
     return state
+
+
+async def _settle(running: Running, *, deadline: Deadline) -> None:
+    """Let the kernel finish what is over: else each restored machine would have to do it."""
+    await asyncio.sleep(_SETTLE_S)
+    await running.channel.ping(deadline=deadline)  # its pages are its own again after a fork
+    await asyncio.sleep(_SETTLE_S)
 
 
 async def _completed(running: Running, *, deadline: Deadline) -> None:

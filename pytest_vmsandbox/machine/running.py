@@ -26,6 +26,7 @@ from pytest_vmsandbox.errors import (
     VmSandboxError,
 )
 from pytest_vmsandbox.guest.channel import Channel, open_channel
+from pytest_vmsandbox.guest.messages import Identity
 from pytest_vmsandbox.machine.console import Console, ConsoleLine, KernelTrouble
 from pytest_vmsandbox.machine.frozen import Frozen
 from pytest_vmsandbox.machine.order import PowerOn
@@ -240,15 +241,13 @@ class Running:
                 sock,
                 name=order.config.name,
                 nonce=order.nonce,
+                identity=Identity(hostname=order.config.name),
                 deadline=deadline,
                 silence_s=order.silence_s,
             )
         )
         self._channel.on_lost = self._channel_lost
         stall.cancel()
-        await self._by(
-            deadline, "the agent's first answer", self._channel.set_hostname(order.config.name)
-        )
         self._answering.set()
 
     async def restore(self, frozen: Frozen, *, deadline: Deadline) -> None:
@@ -265,23 +264,23 @@ class Running:
                 sock,
                 name=order.config.name,
                 nonce=order.nonce,
-                restore_id=order.id,
+                identity=self._new_identity(),
                 keep_processes=True,
                 deadline=deadline,
                 silence_s=order.silence_s,
             )
         )
         self._channel.on_lost = self._channel_lost
-        await self._by(deadline, "its own identity", self._individualize(self._channel))
         self._answering.set()
 
-    async def _individualize(self, channel: Channel) -> None:
+    def _new_identity(self) -> Identity:
         """What two machines out of one template must not share; docs/templates.md."""
-        await asyncio.gather(
-            channel.set_clock(time.time_ns()),
-            channel.reseed(os.urandom(SEED_BYTES)),
-            channel.set_hostname(self.order.config.name),
-            channel.set_machine_id(secrets.token_hex(16)),
+        return Identity(
+            restore_id=self.order.id,
+            hostname=self.order.config.name,
+            machine_id=secrets.token_hex(16),
+            unix_ns=time.time_ns(),
+            entropy=os.urandom(SEED_BYTES),
         )
 
     async def keep_memory_out(self, *, deadline: Deadline) -> None:
@@ -290,12 +289,6 @@ class Running:
         await self.qmp.execute(
             "migrate-set-capabilities", {"capabilities": capabilities}, deadline=deadline
         )
-
-    async def hang_up(self) -> None:
-        """Close the line to the agent for good: the machine is about to be frozen."""
-        self._ending = True
-        self._answering.clear()
-        await self.channel.close()
 
     async def connect(self, *, deadline: Deadline) -> None:
         """Connect control line and console, each to the VMM that we started and no other."""
@@ -384,8 +377,8 @@ class Running:
         order = self.order
         deadline = Deadline.after(seconds=order.boot_s)
         try:
-            await self.channel.handshake(nonce=order.nonce, deadline=deadline)
-            await self.channel.set_hostname(order.config.name)
+            identity = Identity(hostname=order.config.name)
+            await self.channel.handshake(nonce=order.nonce, identity=identity, deadline=deadline)
         except VmSandboxError as error:
             self.fail(self.failed(BootFailed, f"after a reset: {error}"))
         else:

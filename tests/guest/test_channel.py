@@ -15,7 +15,7 @@ from pytest_vmsandbox.deadline import Deadline
 from pytest_vmsandbox.errors import ChannelLost, GuestPanicked, TimedOut
 from pytest_vmsandbox.guest.channel import Channel, open_channel
 from pytest_vmsandbox.guest.frames import FrameType, encode_frame
-from pytest_vmsandbox.guest.messages import ExecRequest
+from pytest_vmsandbox.guest.messages import ExecRequest, Identity
 
 pytestmark = pytest.mark.asyncio
 
@@ -128,7 +128,9 @@ async def test_a_new_session_can_let_the_former_ones_processes_run_on(channel: C
 
 
 async def test_the_restore_id_is_remembered_by_the_agent(channel: Channel) -> None:
-    first = await channel.handshake(nonce="c0ffee", deadline=within(20), restore_id="r-1")
+    first = await channel.handshake(
+        nonce="c0ffee", deadline=within(20), identity=Identity(restore_id="r-1")
+    )
     second = await channel.handshake(nonce="c0ffee", deadline=within(20))
 
     assert (first.restore_id, second.restore_id) == ("r-1", "r-1")

@@ -18,7 +18,7 @@ from pytest_vmsandbox.deadline import Deadline
 from pytest_vmsandbox.errors import ChannelLost
 from pytest_vmsandbox.guest.channel import Channel, open_channel
 from pytest_vmsandbox.guest.frames import FrameType, encode_frame
-from pytest_vmsandbox.guest.messages import ExecRequest
+from pytest_vmsandbox.guest.messages import PROTOCOL_VERSION, ExecRequest
 from pytest_vmsandbox.guest.payload import encode_text
 from pytest_vmsandbox.guest.streams import READ_WINDOW, WRITE_WINDOW
 
@@ -35,9 +35,10 @@ def frame(type_: int, payload: bytes = b"", *, id_: int = JOB, stream: int = 0) 
     return encode_frame(type_, id_=id_, stream=stream, payload=payload)
 
 
-def welcome(token: bytes, *, protocol: int = 1) -> bytes:
+def welcome(token: bytes, *, protocol: int = PROTOCOL_VERSION, refused: int = 0) -> bytes:
     texts = ("1", "n", "boot", "6.1", "x86_64", "vm", "")
     payload = token + struct.pack("<III", protocol, 1, 1) + b"".join(map(encode_text, texts))
+    payload += u32(refused) + encode_text("hostname" if refused else "")
     return frame(FrameType.WELCOME, payload, id_=0)
 
 
@@ -159,8 +160,20 @@ async def test_another_protocol_is_refused_in_words() -> None:
         opening = asyncio.create_task(
             open_channel(ours, name="vm", nonce="n", deadline=Deadline.after(seconds=20))
         )
-        await guest.say(welcome((await guest.hear())[16:32], protocol=2))
-        with pytest.raises(ChannelLost, match="protocol 2"):
+        await guest.say(welcome((await guest.hear())[16:32], protocol=1))
+        with pytest.raises(ChannelLost, match="protocol 1"):
+            await opening
+
+
+async def test_a_refused_identity_is_an_error_of_the_guest() -> None:
+    ours, theirs = socket.socketpair()
+    guest = Guest(theirs)
+    with theirs:
+        opening = asyncio.create_task(
+            open_channel(ours, name="vm", nonce="n", deadline=Deadline.after(seconds=20))
+        )
+        await guest.say(welcome((await guest.hear())[16:32], refused=22))
+        with pytest.raises(OSError, match=r"Invalid argument.*hostname"):
             await opening
 
 

@@ -18,7 +18,7 @@ import pytest_asyncio
 from pytest_vmsandbox.deadline import Deadline
 from pytest_vmsandbox.errors import ChannelLost
 from pytest_vmsandbox.guest.channel import Channel
-from pytest_vmsandbox.guest.messages import ExecRequest
+from pytest_vmsandbox.guest.messages import ExecRequest, Identity, encode_hello
 
 pytestmark = pytest.mark.asyncio
 
@@ -51,10 +51,6 @@ async def test_an_agent_that_does_not_own_its_machine_changes_nothing_of_it(
 ) -> None:
     before = platform.node(), Path("/etc/machine-id").exists()
     for change in (
-        channel.set_hostname("other"),
-        channel.set_clock(0),
-        channel.reseed(b"x" * 32),
-        channel.set_machine_id("0" * 32),
         channel.set_addresses("lo", []),
         channel.poweroff(),
         channel.reboot(),
@@ -65,26 +61,68 @@ async def test_an_agent_that_does_not_own_its_machine_changes_nothing_of_it(
     assert (platform.node(), Path("/etc/machine-id").exists()) == before
 
 
+async def become(channel: Channel, identity: Identity) -> None:
+    deadline = Deadline.after(seconds=20)
+    await channel.handshake(nonce="c0ffee", identity=identity, deadline=deadline)
+
+
+async def test_an_agent_that_does_not_own_its_machine_becomes_nobody_else(channel: Channel) -> None:
+    before = platform.node(), Path("/etc/machine-id").exists()
+    for identity in (
+        Identity(hostname="other"),
+        Identity(machine_id="0" * 32),
+        Identity(unix_ns=1),
+        Identity(entropy=b"x" * 32),
+    ):
+        with pytest.raises(PermissionError, match="own its machine"):
+            await become(channel, identity)
+    await become(channel, Identity(restore_id="only-said"))
+
+    assert (platform.node(), Path("/etc/machine-id").exists()) == before
+    assert channel.hello.restore_id == "only-said"
+
+
 async def test_the_hostname_is_set(own_machine: Channel) -> None:
-    await own_machine.set_hostname("twin-7")
+    await become(own_machine, Identity(hostname="twin-7"))
 
     assert await output_of(own_machine, "uname", "-n") == "twin-7\n"
-    with pytest.raises(OSError, match="Invalid argument"):
-        await own_machine.set_hostname("x" * 100)
+    with pytest.raises(OSError, match=r"Invalid argument.*hostname"):
+        await become(own_machine, Identity(hostname="x" * 65))
 
 
 async def test_the_machine_id_is_replaced(own_machine: Channel, tmp_path: Path) -> None:
-    await own_machine.set_machine_id("ab" * 16)
-    await own_machine.set_machine_id("cd" * 16)
+    machine_id = tmp_path / "etc" / "machine-id"
+    machine_id.write_text("uninitialized, or longer than one can be\n" * 2)
+    for digits in ("ab", "cd"):
+        await become(own_machine, Identity(machine_id=digits * 16))
 
-    assert (tmp_path / "etc" / "machine-id").read_text() == "cd" * 16 + "\n"
+        assert machine_id.read_text() == digits * 16 + "\n"
+
+
+async def test_a_machine_id_of_an_impossible_length_is_refused(own_machine: Channel) -> None:
+    with pytest.raises(OSError, match=r"Invalid argument.*/etc/machine-id"):
+        await become(own_machine, Identity(machine_id="ab" * 40))
 
 
 async def test_entropy_is_taken_and_too_much_is_refused(own_machine: Channel) -> None:
-    await own_machine.reseed(os.urandom(512))
-    for wrong in (b"", bytes(513)):
-        with pytest.raises(OSError, match="Invalid argument"):
-            await own_machine.reseed(wrong)
+    await become(own_machine, Identity(entropy=os.urandom(512)))
+    with pytest.raises(OSError, match=r"Invalid argument.*entropy"):
+        await become(own_machine, Identity(entropy=bytes(513)))
+
+
+async def test_the_same_host_asking_again_changes_nothing_again(
+    own_machine: Channel, tmp_path: Path
+) -> None:
+    await become(own_machine, Identity(machine_id="ab" * 16))
+    (tmp_path / "etc" / "machine-id").write_text("changed since\n")
+    assert own_machine._token is not None
+    hello = encode_hello(
+        own_machine._token, keep_processes=True, identity=Identity(machine_id="ab" * 16)
+    )
+    own_machine._line.send(hello)
+    await own_machine.ping(deadline=Deadline.after(seconds=20))
+
+    assert (tmp_path / "etc" / "machine-id").read_text() == "changed since\n"
 
 
 async def test_addresses_replace_those_that_were_there(own_machine: Channel) -> None:

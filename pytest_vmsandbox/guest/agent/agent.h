@@ -22,7 +22,7 @@
 #include <sys/types.h>
 
 #define AGENT_VERSION "1"
-#define PROTOCOL_VERSION 1
+#define PROTOCOL_VERSION 2
 
 enum {
     PAYLOAD_MAX = 65536,
@@ -48,10 +48,7 @@ enum frame_type {
     FRAME_SIGNAL = 10,
     FRAME_KILL = 11,
     FRAME_RESIZE = 12,
-    FRAME_CLOCK = 13,
-    FRAME_RESEED = 14,
-    FRAME_HOSTNAME = 15,
-    FRAME_POWER = 16,
+    FRAME_POWER = 13,
 
     FRAME_WELCOME = 64,
     FRAME_DONE = 65,
@@ -71,8 +68,7 @@ enum transfer_kind {
     TRANSFER_TREE_GET = 3,
     TRANSFER_TREE_PUT = 4,
     TRANSFER_SYNC = 5,
-    TRANSFER_MACHINE_ID = 6,
-    TRANSFER_ADDRESSES = 7,
+    TRANSFER_ADDRESSES = 6,
 };
 
 struct frame {
@@ -194,13 +190,24 @@ struct facts {
     bool owns_machine; /* whether clock, names, addresses and power are ours to change */
 };
 extern struct facts facts;
+
+/* What a host wants the machine to be before it is answered; what is empty stays as it is. */
+struct identity {
+    const char *hostname, *machine_id;
+    uint64_t unix_ns;
+    const unsigned char *entropy;
+    size_t entropy_length;
+};
+
+struct refusal {
+    int error; /* 0: none */
+    const char *what;
+};
 void machine_start(void);
 int machine_find_port(void);
 void machine_mount_modules(void);
 void machine_facts(const char *nonce);
-int machine_set_clock(uint64_t unix_ns);
-int machine_reseed(const unsigned char *entropy, size_t length);
-void machine_set_id(const char *hex);
+struct refusal machine_individualize(const struct identity *identity);
 void machine_power(enum power how);
 int machine_power_step(void);
 

@@ -23,6 +23,7 @@ enum { TERM_GRACE_MS = 2000, KILL_GRACE_MS = 1000, SYNC_GRACE_MS = 10000, PORT_W
 
 static const char PORT_NAME[] = "vmsandbox.agent";
 static const char MODULES_SERIAL[] = "vmsandbox-mods";
+static const char MACHINE_ID[] = "/etc/machine-id";
 
 struct facts facts;
 static bool set_up_by_us; /* only then are the mounts ours to take off, and the root's to remount */
@@ -124,23 +125,36 @@ void machine_mount_modules(void)
         closedir(disks);
 }
 
+/* In place: no reader ever finds it empty, and a file of the same length need not grow. */
+static int write_machine_id(const char *hex)
+{
+    char line[64];
+    int length = snprintf(line, sizeof line, "%s\n", hex);
+    int fd = open(MACHINE_ID, O_WRONLY | O_CREAT | O_CLOEXEC, 0444);
+    struct stat there;
+    int error = 0;
+    if (fd < 0 || length >= (int)sizeof line || pwrite(fd, line, (size_t)length, 0) != length ||
+        fstat(fd, &there) < 0 || (there.st_size != length && ftruncate(fd, length) < 0))
+        error = fd >= 0 && length >= (int)sizeof line ? EINVAL : errno;
+    if (fd >= 0)
+        close(fd);
+    return error;
+}
+
 /* An image is the same for all machines: what names one is made when it starts (machine-id(5)). */
 static void give_machine_id(void)
 {
-    const char *path = "/etc/machine-id";
-    char there[64], uuid[64], id[34];
+    char there[64], uuid[64], id[33];
     size_t length = 0;
-    if (read_line(path, there, sizeof there) || !read_line("/proc/sys/kernel/random/uuid", uuid, sizeof uuid))
+    if (read_line(MACHINE_ID, there, sizeof there) || !read_line("/proc/sys/kernel/random/uuid", uuid, sizeof uuid))
         return;
     for (const char *from = uuid; *from && length < 32; from++)
         if (*from != '-')
             id[length++] = *from;
-    id[length++] = '\n';
-    int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0444);
-    if (fd < 0 || write(fd, id, length) < 0)
-        console_note("write", path, errno);
-    if (fd >= 0)
-        close(fd);
+    id[length] = 0;
+    int error = write_machine_id(id);
+    if (error)
+        console_note("write", MACHINE_ID, error);
 }
 
 /* Everything that pid 1 owes the machine before it looks for the host. */
@@ -208,19 +222,19 @@ int machine_find_port(void)
     }
 }
 
-int machine_set_clock(uint64_t unix_ns)
+static int set_clock(uint64_t unix_ns)
 {
     struct timespec now = {.tv_sec = (time_t)(unix_ns / 1000000000u), .tv_nsec = (long)(unix_ns % 1000000000u)};
     return clock_settime(CLOCK_REALTIME, &now) < 0 ? errno : 0;
 }
 
-int machine_reseed(const unsigned char *entropy, size_t length)
+static int reseed(const unsigned char *entropy, size_t length)
 {
     union { /* the kernel's struct ends in an array without a length */
         struct rand_pool_info info;
         unsigned char room[sizeof(struct rand_pool_info) + ENTROPY_MAX];
     } pool;
-    if (length == 0 || length > ENTROPY_MAX)
+    if (length > ENTROPY_MAX)
         return EINVAL;
     pool.info.entropy_count = (int)length * 8;
     pool.info.buf_size = (int)length;
@@ -234,16 +248,25 @@ int machine_reseed(const unsigned char *entropy, size_t length)
     return error;
 }
 
-/* In place, without a reboot: readers that come later see the new one (runs in a child). */
-void machine_set_id(const char *hex)
+/*
+ * Here and now, not in a child: a restored machine has nothing else to do before it is itself, and a
+ * fork would cost it more than all the rest.
+ */
+struct refusal machine_individualize(const struct identity *identity)
 {
-    const char *path = "/etc/machine-id";
-    int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0444);
-    if (fd < 0)
-        transfer_fail(errno, path);
-    write_all(fd, hex, strlen(hex), path);
-    write_all(fd, "\n", 1, path);
-    close(fd);
+    bool asked = *identity->hostname || *identity->machine_id || identity->unix_ns || identity->entropy_length;
+    int error = 0;
+    if (asked && !facts.owns_machine)
+        return (struct refusal){EPERM, "this agent does not own its machine"};
+    if (identity->unix_ns && (error = set_clock(identity->unix_ns)) != 0)
+        return (struct refusal){error, "clock"};
+    if (identity->entropy_length && (error = reseed(identity->entropy, identity->entropy_length)) != 0)
+        return (struct refusal){error, "entropy"};
+    if (*identity->hostname && sethostname(identity->hostname, strlen(identity->hostname)) < 0)
+        return (struct refusal){errno, "hostname"};
+    if (*identity->machine_id && (error = write_machine_id(identity->machine_id)) != 0)
+        return (struct refusal){error, MACHINE_ID};
+    return (struct refusal){0, ""};
 }
 
 /* Power: as pid 1 step by step, from the loop; otherwise whoever is init is asked. */

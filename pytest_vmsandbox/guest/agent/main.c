@@ -28,6 +28,7 @@ static bool in_session;
 static bool stranger_told;
 static unsigned char session_token[TOKEN_SIZE];
 static uint32_t sessions;
+static struct refusal refused; /* what the host of this session can't have */
 
 /* A request in several frames: MORE, MORE, ..., then the frame that says what it is. */
 static struct {
@@ -35,6 +36,16 @@ static struct {
     unsigned char *bytes;
     size_t length;
 } gathered;
+
+/* While the host is away the kernel is to say by SIGIO when it comes back. Not always: then each
+ * byte that comes would bring a signal as well. */
+static void set_host_away(bool away)
+{
+    if (away == host_away)
+        return;
+    host_away = away;
+    fcntl(line_fd, F_SETFL, O_NONBLOCK | (away && !line_is_socket ? O_ASYNC : 0));
+}
 
 static void forget_gathered(void)
 {
@@ -97,6 +108,8 @@ static void welcome(uint32_t id)
     at = put_text(at, name.machine);
     at = put_text(at, name.nodename);
     at = put_text(at, facts.restore_id);
+    put_u32(at, (uint32_t)refused.error);
+    at = put_text(at + 4, refused.what);
     line_send(FRAME_WELCOME, 0, id, payload, (size_t)(at - payload));
 }
 
@@ -110,8 +123,14 @@ static void hello(struct frame *frame)
     r.at += TOKEN_SIZE;
     uint32_t flags = read_u32(&r);
     char *restore_id = read_string(&r);
+    struct identity identity;
+    identity.hostname = read_string(&r);
+    identity.machine_id = read_string(&r);
+    identity.unix_ns = read_u64(&r);
     if (r.bad)
         return;
+    identity.entropy = r.at;
+    identity.entropy_length = (size_t)(r.end - r.at);
     if (!in_session || memcmp(session_token, token, TOKEN_SIZE) != 0) {
         jobs_end_session(flags & HELLO_KEEP);
         line_forget_output();
@@ -121,43 +140,26 @@ static void hello(struct frame *frame)
         in_session = true;
         if (*restore_id)
             snprintf(facts.restore_id, sizeof facts.restore_id, "%s", restore_id);
+        refused = machine_individualize(&identity);
     }
     welcome(frame->id);
 }
 
-static void answer(uint32_t id, int error, const char *what)
-{
-    if (error)
-        line_failed(id, error, what);
-    else
-        line_done(id);
-}
-
-static void change_machine(struct frame *frame, struct reader *r)
+static void change_power(struct frame *frame, struct reader *r)
 {
     uint32_t id = frame->id;
     if (!facts.owns_machine) {
         line_failed(id, EPERM, "this agent does not own its machine");
         return;
     }
-    if (frame->type == FRAME_CLOCK) {
-        uint64_t unix_ns = read_u64(r);
-        answer(id, r->bad ? EINVAL : machine_set_clock(unix_ns), "clock");
-    } else if (frame->type == FRAME_RESEED) {
-        answer(id, machine_reseed(frame->payload, frame->length), "reseed");
-    } else if (frame->type == FRAME_HOSTNAME) {
-        char *name = read_string(r);
-        answer(id, r->bad ? EINVAL : sethostname(name, strlen(name)) < 0 ? errno : 0, "hostname");
-    } else {
-        line_done(id);
-        machine_power(read_u8(r) == POWER_REBOOT ? POWER_REBOOT : POWER_OFF);
-    }
+    line_done(id);
+    machine_power(read_u8(r) == POWER_REBOOT ? POWER_REBOOT : POWER_OFF);
 }
 
 static void start_transfer(struct frame *frame)
 {
     /* kind is the byte after the window; what changes the machine needs leave for it */
-    bool changes = frame->length > 4 && frame->payload[4] >= TRANSFER_MACHINE_ID;
+    bool changes = frame->length > 4 && frame->payload[4] >= TRANSFER_ADDRESSES;
     if (changes && !facts.owns_machine)
         line_failed(frame->id, EPERM, "this agent does not own its machine");
     else
@@ -209,11 +211,8 @@ static void obey(struct frame *frame)
     case FRAME_RESIZE:
         about_job(frame, &r);
         break;
-    case FRAME_CLOCK:
-    case FRAME_RESEED:
-    case FRAME_HOSTNAME:
     case FRAME_POWER:
-        change_machine(frame, &r);
+        change_power(frame, &r);
         break;
     default:
         line_failed(frame->id, ENOSYS, "unknown request");
@@ -257,7 +256,7 @@ static void receive(void)
         jobs_end_session(false);
         exit(0);
     }
-    host_away = true; /* 0 from a virtio port: the host has closed its end, and may come back */
+    set_host_away(true); /* 0 from a virtio port: the host has closed its end, and may come back */
     line_forget_input();
 }
 
@@ -367,7 +366,7 @@ static void serve(const struct watch *watch, int fd)
 static void look_for_host(void)
 {
     struct pollfd line = {.fd = line_fd, .events = POLLIN};
-    host_away = poll(&line, 1, 0) > 0 && (line.revents & POLLHUP);
+    set_host_away(poll(&line, 1, 0) > 0 && (line.revents & POLLHUP));
 }
 
 static void flush(void)
@@ -395,7 +394,7 @@ static void loop(void)
             look_for_host();
         nfds_t first = line_watched ? 2 : 1;
         if (line_watched && polls[1].revents & POLLHUP && !line_is_socket) {
-            host_away = true;
+            set_host_away(true);
             line_forget_input();
         } else if (line_watched && polls[1].revents & (POLLIN | POLLHUP | POLLERR)) {
             receive();
@@ -463,7 +462,7 @@ int main(int argc, char **argv)
     if (line_fd < 0)
         line_fd = machine_find_port();
     if (fcntl(line_fd, F_SETFD, FD_CLOEXEC) < 0 || fcntl(line_fd, F_SETOWN, getpid()) < 0 ||
-        fcntl(line_fd, F_SETFL, O_NONBLOCK | (line_is_socket ? 0 : O_ASYNC)) < 0) {
+        fcntl(line_fd, F_SETFL, O_NONBLOCK) < 0) {
         console_note("line", "", errno);
         return 1;
     }

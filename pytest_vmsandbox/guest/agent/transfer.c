@@ -472,9 +472,6 @@ _Noreturn void transfer_run(unsigned char *request, size_t length)
     case TRANSFER_SYNC:
         sync();
         break;
-    case TRANSFER_MACHINE_ID:
-        machine_set_id(path);
-        break;
     case TRANSFER_ADDRESSES:
         machine_set_addresses(path, &r);
         break;
