@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pytest_vmsandbox import Machine, MachineFactory, RequestInvalid
+from pytest_vmsandbox import GuestPanicked, Machine, MachineFactory, RequestInvalid
 from pytest_vmsandbox.deadline import Deadline
 from pytest_vmsandbox.image.progress import SilentProgress
 from pytest_vmsandbox.machine.build import Build
@@ -169,3 +169,22 @@ def _with_nvme(build: Build, scratch: Path) -> Build:
     program.chmod(0o755)
     assert os.access(program, os.X_OK)
     return replace(build, config=replace(build.config, program=str(program)))
+
+
+@pytest.mark.vm(lifecycle="restored", cpus=2, memory_mib=256)
+def test_two_processors_and_more_memory_have_a_template_of_their_own(vm: Machine) -> None:
+    assert vm.facts.lifecycle == "restored"
+    assert vm.run("nproc").stdout == "2\n"
+    assert 200_000 < int(vm.run("awk '/MemTotal/ { print $2 }' /proc/meminfo").stdout) < 262_144
+    # Both processors run on: each one has to take a task of its own.
+    assert vm.run("taskset 1 true && taskset 2 true").returncode == 0
+
+
+@pytest.mark.vm(lifecycle="restored")
+def test_a_restored_machine_that_panics_is_noticed_at_once(vm: Machine) -> None:
+    with pytest.raises(GuestPanicked, match="sysrq triggered crash"):
+        vm.run("echo c > /proc/sysrq-trigger")
+
+    vm.power_cut()
+    vm.power_on()
+    assert vm.run("true").returncode == 0

@@ -40,6 +40,7 @@ def test_the_command_line_wins_over_ini_and_ini_over_the_environment(
         ("--vm-cpus=٣", "*--vm-cpus: '٣' is not a whole number*"),
         ("--vm-accel=xen", "*--vm-accel: 'xen' is none of auto, kvm, tcg, hvf*"),
         ("--vm-tier=jail", "*--vm-tier: 'jail' is none of auto, root, *"),
+        ("--vm-lifecycle=both", "*--vm-lifecycle: 'both' is none of restored, booted*"),
         ("--vm-require=kvm,kwm", "*--vm-require: 'kvm,kwm' has kwm, known are*"),
         ("--vm-keep=maybe", "*--vm-keep: 'maybe' is none of never, on-failure, always*"),
         ("--vm-timeout-scale=0", "*--vm-timeout-scale: '0' is not a number above 0*"),
