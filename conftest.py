@@ -13,7 +13,7 @@ pytest_plugins = ["pytester", "tests.people"]
 _MACHINE_FIXTURES = frozenset(
     {
         *("vm", "async_vm", "vm_factory", "async_vm_factory", "vm_module", "vm_session"),
-        *("vm_jail", "worker"),
+        *("vm_templates", "vm_jail", "worker"),
     }
 )
 

@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     from pytest_vmsandbox.machine.async_machine import AsyncMachine
     from pytest_vmsandbox.machine.command import Completed
     from pytest_vmsandbox.machine.jail import Jail
+    from pytest_vmsandbox.machine.layer import Template
     from pytest_vmsandbox.machine.machine import Machine
+    from pytest_vmsandbox.machine.template_builder import TemplateBuilder
     from pytest_vmsandbox.plugin.fixtures import AsyncMachineFactory, MachineFactory
 
 _HOMES = {
@@ -52,7 +54,9 @@ _HOMES = {
     "machine.async_machine": ("AsyncMachine",),
     "machine.command": ("Completed",),
     "machine.jail": ("Jail",),
+    "machine.layer": ("Template",),
     "machine.machine": ("Machine",),
+    "machine.template_builder": ("TemplateBuilder",),
     "plugin.fixtures": ("AsyncMachineFactory", "MachineFactory"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -76,6 +80,8 @@ __all__ = [
     "RequestInvalid",
     "SocketAuthError",
     "TeardownRefused",
+    "Template",
+    "TemplateBuilder",
     "TimedOut",
     "VmSandboxError",
     "VmmDied",

@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import threading
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
+from contextlib import AbstractAsyncContextManager, contextmanager
 from typing import Any, TypeVar
 
 from pytest_vmsandbox.deadline import Deadline
@@ -63,6 +64,18 @@ class Engine:
             await asyncio.wrap_future(self._submit(_settle()))
             raise
 
+    @contextmanager
+    def entered(self, manager: AbstractAsyncContextManager[T]) -> Iterator[T]:
+        """Hold `manager` on the engine while the caller's thread is in the block.
+
+        It is not told of what was raised there: Ctrl-C, raised on the engine, would end it.
+        """
+        value = self.run(_entering(manager))
+        try:
+            yield value
+        finally:
+            self.run(_leaving(manager))
+
     def close(self) -> None:
         """Cancel what still runs, stop the loop and join the thread; safe to repeat."""
         self._closed = True
@@ -110,6 +123,14 @@ def _serve(loop: asyncio.AbstractEventLoop) -> None:
         loop.run_until_complete(loop.shutdown_asyncgens())
     finally:
         loop.close()
+
+
+async def _entering(manager: AbstractAsyncContextManager[T]) -> T:
+    return await manager.__aenter__()
+
+
+async def _leaving(manager: AbstractAsyncContextManager[Any]) -> None:
+    await manager.__aexit__(None, None, None)
 
 
 async def _settle() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pytest_vmsandbox.errors import RequestInvalid
+from pytest_vmsandbox.machine.layer import Template
 
 # The least that the default image's kernel boots in, tried.
 MEMORY_MIB = range(80, 1024 * 1024)
@@ -22,7 +23,8 @@ class MachineSpec:
 
     `image` is a recipe's name or the path of an image directory, `accel` one of auto, kvm,
     tcg, hvf, `tier` demands the tier that the machine runs in. What can't be `restored` is booted,
-    unless that was `demanded`. A wrong value raises RequestInvalid, which names it.
+    unless that was `demanded`. With a `template`, or the name of one, its shape is that of the
+    template. A wrong value raises RequestInvalid, which names it.
     """
 
     image: str = "mini"
@@ -32,6 +34,7 @@ class MachineSpec:
     tier: str = "auto"
     lifecycle: str = "restored"
     name: str | None = None
+    template: Template | str | None = None
     # The fields that a test asked for itself, in place of what machines are usually like.
     demanded: frozenset[str] = field(default=frozenset(), compare=False)
 
@@ -42,6 +45,8 @@ class MachineSpec:
         _require_word("accel", self.accel, ("auto", "kvm", "tcg", "hvf"))
         _require_word("tier", self.tier, ("auto", "root", "sudo", "qemu-vm", "userns", "bare"))
         _require_word("lifecycle", self.lifecycle, ("booted", "restored"))
+        if not isinstance(self.template, Template | None):
+            _require_text("template", self.template)
         if self.name is not None and not (
             isinstance(self.name, str) and _NAME.fullmatch(self.name)
         ):
@@ -63,6 +68,15 @@ class MachineSpec:
             name: str(value) if isinstance(value, Path) else value for name, value in wishes.items()
         }
         return replace(self, **texts, demanded=self.demanded | texts.keys())
+
+    def shaped_like(self, other: MachineSpec) -> MachineSpec:
+        """The shape of `other`, but for what was demanded of this one."""
+        shape = {
+            name: getattr(other, name)
+            for name in ("image", "memory_mib", "cpus", "accel")
+            if name not in self.demanded
+        }
+        return replace(self, **shape)
 
 
 def _require_text(name: str, value: object) -> None:

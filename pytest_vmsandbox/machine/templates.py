@@ -12,13 +12,14 @@ from functools import partial
 from pathlib import Path
 
 from pytest_vmsandbox.deadline import Deadline
-from pytest_vmsandbox.errors import TimedOut
+from pytest_vmsandbox.errors import RequestInvalid, TimedOut
 from pytest_vmsandbox.image.progress import Progress
 from pytest_vmsandbox.jail.off_loop import run_off_loop
 from pytest_vmsandbox.machine.build import Build
 from pytest_vmsandbox.machine.controller import MachineController
 from pytest_vmsandbox.machine.freezing import freeze
 from pytest_vmsandbox.machine.frozen import Frozen
+from pytest_vmsandbox.machine.layer import Template
 from pytest_vmsandbox.machine.memory import GuestMemory, new_memory
 from pytest_vmsandbox.machine.template import Recipe, Standing, save_template
 from pytest_vmsandbox.machine.template_cache import Kept, Making, TemplateCache
@@ -63,6 +64,23 @@ class Templates:
                     return found
                 self._progress.step(f"template of {build.image}: booting it once, and freezing it")
                 return await self.publish(making, recipe, await _boot_and_freeze(build))
+
+    async def restored(self, build: Build, template: Template) -> Build:
+        """The build with what it is restored from; it must be of the machine that was prepared."""
+        kept = await self.kept(build, template)
+        return replace(build, frozen=kept.frozen)
+
+    async def kept(self, build: Build, template: Template | None) -> Kept:
+        """That template, or the one of a machine that was booted and nothing else.
+
+        Raises RequestInvalid where the template is of another machine than `build`, or is gone.
+        """
+        if template is None:
+            return await self.booted(build)
+        require_made_of(build, template)
+        if (found := await self.find(template.recipe)) is None:
+            raise RequestInvalid(f"{template!r} is gone", "call vm_templates.build() again")
+        return found
 
     async def find(self, recipe: Recipe) -> Kept | None:
         """The template of that recipe, if we have it or it is in the cache and whole."""
@@ -134,7 +152,7 @@ class Templates:
 async def _boot_and_freeze(build: Build) -> Frozen:
     memory = new_memory("vmsandbox-template", size=build.config.memory_mib << 20)
     try:
-        machine = MachineController(sharing(build, memory, name=NAME))
+        machine = MachineController(sharing(build, memory))
         try:
             await machine.power_on()
             return await freeze_for_good(machine, memory)
@@ -145,9 +163,9 @@ async def _boot_and_freeze(build: Build) -> Frozen:
         raise
 
 
-def sharing(build: Build, memory: GuestMemory, *, name: str) -> Build:
+def sharing(build: Build, memory: GuestMemory) -> Build:
     """The same, but its memory is `memory`, where it can be frozen."""
-    config = replace(build.config, name=name, memory=Memory(memory), freezable=True)
+    config = replace(build.config, name=NAME, memory=Memory(memory), freezable=True)
     return replace(build, config=config)
 
 
@@ -167,6 +185,15 @@ async def freeze_for_good(machine: MachineController, memory: GuestMemory) -> Fr
         state.close()
         raise
     return Frozen(nonce=nonce, memory=memory, state=state, console=console)
+
+
+def require_made_of(build: Build, template: Template) -> None:
+    """Raise RequestInvalid where the template is of another machine than `build`."""
+    if recipe_of(build).digest != template.root:
+        raise RequestInvalid(
+            f"{template!r} was made of another machine: {template.recipe.title}",
+            "what is asked for beside it must be what it was built with",
+        )
 
 
 def recipe_of(build: Build) -> Recipe:

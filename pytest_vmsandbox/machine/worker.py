@@ -15,7 +15,7 @@ from functools import cached_property, partial
 from itertools import count
 from pathlib import Path
 
-from pytest_vmsandbox.errors import HostUnfit
+from pytest_vmsandbox.errors import HostUnfit, RequestInvalid
 from pytest_vmsandbox.guest.compiler import agent_binary
 from pytest_vmsandbox.host.facts import Capability, HostFacts, Tier, Verdict
 from pytest_vmsandbox.host.survey import probe_host, settle_kvm
@@ -36,6 +36,7 @@ from pytest_vmsandbox.lease.run_directory import (
 from pytest_vmsandbox.machine.build import Build
 from pytest_vmsandbox.machine.controller import MachineController
 from pytest_vmsandbox.machine.engine import Engine
+from pytest_vmsandbox.machine.layer import Template
 from pytest_vmsandbox.machine.lifecycles import Lifecycles
 from pytest_vmsandbox.machine.recorded import RecordedLauncher
 from pytest_vmsandbox.machine.spec import MachineSpec
@@ -83,8 +84,10 @@ class Worker:
         self._facts: HostFacts | None = None
         self._wardens = Wardens()
         self._entering = asyncio.Lock()
-        self._templates = Templates(TemplateCache(settings.cache_dir), progress=self._progress)
-        self._lifecycles = Lifecycles(self._templates)
+        # Those that tests prepared, by name.
+        self.prepared: dict[str, Template] = {}
+        self.templates = Templates(TemplateCache(settings.cache_dir), progress=self._progress)
+        self._lifecycles = Lifecycles(self.templates)
 
     @property
     def facts(self) -> HostFacts:
@@ -121,6 +124,11 @@ class Worker:
         Raises HostUnfit where this host can't have one, RequestInvalid for what can't be.
         """
         return [await self._make(spec) for spec in specs]
+
+    @property
+    def progress(self) -> Progress:
+        """Who is told of what takes long."""
+        return self._progress
 
     async def boot(self, machines: Sequence[MachineController]) -> None:
         """Power them on, as many at once as there are processors.
@@ -166,7 +174,7 @@ class Worker:
                 self.engine.run(self._wardens.close())  # which kills what still runs
         finally:
             self.engine.close()
-            self._templates.close()
+            self.templates.close()
             self._acquired.close()
 
     async def _boot(self, machine: MachineController) -> None:
@@ -174,6 +182,36 @@ class Worker:
             await machine.power_on()
 
     async def _make(self, spec: MachineSpec) -> MachineController:
+        if spec.template is not None:
+            return await self._make_of(self._prepared(spec.template), spec)
+        build = await self.plan(spec)
+        if spec.lifecycle == "restored":
+            demanded = "lifecycle" in spec.demanded
+            build = await self._lifecycles.restored(build, demanded=demanded)
+        return MachineController(build)
+
+    async def _make_of(self, template: Template, spec: MachineSpec) -> MachineController:
+        if spec.lifecycle == "booted" and "lifecycle" in spec.demanded:
+            raise RequestInvalid(f"a machine out of {template!r} can't be lifecycle='booted'")
+        build = await self.plan(spec.shaped_like(template.spec))
+        return MachineController(await self.templates.restored(build, template))
+
+    def _prepared(self, template: Template | str) -> Template:
+        if isinstance(template, Template):
+            return template
+        if template not in self.prepared:
+            raise RequestInvalid(
+                f"template={template!r} has not been built; "
+                f"known are: {', '.join(self.prepared) or 'none'}",
+                f"let the test use the fixture that calls vm_templates.build(name={template!r})",
+            )
+        return self.prepared[template]
+
+    async def plan(self, spec: MachineSpec) -> Build:
+        """All that a machine of that shape is made of, but what it would be restored from.
+
+        Its directory is made with it: whoever does not start the machine ends it all the same.
+        """
         facts = await self._known_facts()
         facts.require(Capability.QEMU)
         assert facts.qemu is not None  # what was just required has found it
@@ -202,7 +240,7 @@ class Worker:
             cpus=spec.cpus,
             read_only_disks={MODULES_SERIAL: image.modules} if image.modules else {},
         )
-        build = Build(
+        return Build(
             id=f"{self.directory.id}-{self.settings.id}-m{number}",
             config=config,
             launcher=await self._launcher(tier),
@@ -211,10 +249,6 @@ class Worker:
             image_digest=image.digest,
             time_scale=self.settings.timeout_scale * facts.time_scale,
         )
-        if spec.lifecycle == "restored":
-            demanded = "lifecycle" in spec.demanded
-            build = await self._lifecycles.restored(build, demanded=demanded)
-        return MachineController(build)
 
     async def _launcher(self, tier: Tier) -> Launcher:
         ledger = (await self._entered()).ledger

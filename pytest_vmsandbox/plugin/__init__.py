@@ -12,6 +12,7 @@ from pytest_vmsandbox.plugin.fixtures import (
     vm_jail,
     vm_module,
     vm_session,
+    vm_templates,
 )
 from pytest_vmsandbox.plugin.hooks import (
     pytest_addoption,
@@ -48,4 +49,5 @@ __all__ = [
     "vm_jail",
     "vm_module",
     "vm_session",
+    "vm_templates",
 ]

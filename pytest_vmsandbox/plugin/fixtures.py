@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, Self, overload
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pytest_vmsandbox.machine.jail import Jail
     from pytest_vmsandbox.machine.machine import Machine
     from pytest_vmsandbox.machine.spec import MachineSpec
+    from pytest_vmsandbox.machine.template_builder import TemplateBuilder
 
 
 class MachineFactory(Protocol):
@@ -132,6 +133,20 @@ def async_vm_factory(
             return made[0] if count is None else made
 
         yield make  # type: ignore[misc]  # what `count` is decides which it gives
+
+
+@pytest.fixture(scope="session")
+def vm_templates(request: pytest.FixtureRequest, vm_image: str) -> TemplateBuilder:
+    """Builds templates: `vm_templates.build(setup=, base=, inputs=, name=, ...)`."""
+    from pytest_vmsandbox.machine.template_builder import TemplateBuilder
+
+    def seen(machine: MachineController) -> Callable[[], None]:
+        held = Held(machine=machine, fixture="vm_templates")
+        hold(request.node, held)
+        return held.end
+
+    usual = base_spec(request.config, vm_image)
+    return TemplateBuilder(worker_of(request.config), usual, on_machine=seen)
 
 
 def specs_for(

@@ -20,6 +20,10 @@ class Held:
     fixture: str
     ended: bool = False
 
+    def end(self) -> None:
+        """Its fixture has ended it: the reports of this phase are the last to tell of it."""
+        self.ended = True
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mark:

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 FIXTURES = frozenset(
     {
         *("vm", "async_vm", "vm_factory", "async_vm_factory", "vm_module", "vm_session"),
-        *("vm_host", "vm_jail"),
+        *("vm_templates", "vm_host", "vm_jail"),
     }
 )
 
