@@ -31,25 +31,20 @@ class Lifecycles:
         Raises RequestInvalid where there can be none for a machine whose restoring is `demanded`.
         What failed once is not tried again.
         """
-        recipe = recipe_of(build).digest
-        if recipe not in self._given_up:
+        recipe = recipe_of(build)
+        if recipe.digest not in self._given_up:
             try:
                 return replace(build, frozen=await self._templates.frozen(build))
             except _CAN_NOT_BE_MADE as error:
-                self._given_up[recipe] = error
-                self._told.append(f"booted each time, not restored: {_shape(build)}: {_why(error)}")
+                self._given_up[recipe.digest] = error
+                self._told.append(f"booted each time, not restored: {recipe.title}: {_why(error)}")
         if not demanded:
             return build
-        reason = self._given_up[recipe]
+        reason = self._given_up[recipe.digest]
         raise RequestInvalid(
             f"{build.config.name} can't be restored: {_why(reason)}",
             'ask for lifecycle="booted", or for none',
         ) from reason
-
-
-def _shape(build: Build) -> str:
-    config = build.config
-    return f"{build.image}, {config.memory_mib} MiB, cpus={config.cpus}, {config.accel}"
 
 
 def _why(error: Exception) -> str:

@@ -470,18 +470,19 @@ async def open_running(
 
 async def _booting(step: Coroutine[Any, Any, None], running: Running) -> None:
     """Do a step of the boot; whatever goes wrong in it is a BootFailed."""
+    did_not = "it did not boot" if running.order.frozen is None else "it could not be restored"
     try:
         await step
     except BootFailed:
         raise
     except MachineFailed as error:
-        raise running.failed(BootFailed, f"it did not boot: {error.cause}") from error
+        raise running.failed(BootFailed, f"{did_not}: {error.cause}") from error
     except (TimedOut, OutcomeUnknown, SocketAuthError) as error:
         # A line that breaks is mostly a sign that the VMM has ended: that says more.
         if not isinstance(error, TimedOut):
             await running.settle()
         cause = running.failure.cause if running.failure else str(error)
-        raise running.failed(BootFailed, f"it did not boot: {cause}") from error
+        raise running.failed(BootFailed, f"{did_not}: {cause}") from error
 
 
 async def _sign(question: Coroutine[Any, Any, object]) -> str:

@@ -228,10 +228,10 @@ def _version_of(file: Path) -> str:
 
 
 def _processor() -> str:
-    """The host's processor, which KVM shows to the guest (-cpu host)."""
+    """The host's processor, which KVM shows to the guest (-cpu host), and the KVM that does so."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     wanted = ("model name", "flags", "Features")
-    return f"{platform.machine()} " + "; ".join(
+    return f"{platform.machine()} {platform.release()} " + "; ".join(
         sorted({line for line in lines if line.startswith(wanted)})
     )
 

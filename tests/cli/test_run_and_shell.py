@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import pty
+import shutil
 import subprocess
 import sys
 import time
@@ -41,6 +42,40 @@ def test_a_signal_is_128_and_its_number_and_the_shape_is_ours_to_choose() -> Non
     )
 
     assert (done.returncode, done.stdout) == (137, b"2\n")
+
+
+@pytest.mark.machine
+def test_a_machine_is_restored_unless_a_boot_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    boot_id = ("--", "cat", "/proc/sys/kernel/random/boot_id")
+    restored = {_run("run", *boot_id).stdout for _ in range(2)}
+    booted = {_run("run", "--lifecycle=booted", *boot_id).stdout}
+    monkeypatch.setenv("VMSANDBOX_LIFECYCLE", "booted")
+    booted.add(_run("run", *boot_id).stdout)
+
+    assert len(restored) == 1
+    assert len(booted) == 2
+    assert restored.isdisjoint(booted)
+
+
+@pytest.mark.machine
+def test_a_machine_that_can_not_be_restored_is_said_on_stderr(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"qemu-system-{os.uname().machine}"
+    disk = "-drive if=none,id=n,file=null-co://,format=raw -device nvme,drive=n,serial=n"
+    real = shutil.which(name)
+    (tmp_path / name).write_text(
+        f'#!/bin/sh\ncase "$*" in *virtserialport*) exec {real} "$@" {disk};; esac\n'
+        f'exec {real} "$@"\n'
+    )
+    (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+
+    done = _run("run", "--tier=bare", "--", "echo", "answered")
+
+    assert (done.returncode, done.stdout) == (0, b"answered\n")
+    assert b"vmsandbox: booted each time, not restored: mini, " in done.stderr
+    assert b"nvme" in done.stderr
 
 
 @pytest.mark.machine
@@ -225,6 +260,7 @@ def test_run_without_a_command_is_refused_before_anything_boots() -> None:
     [
         (("run", "--memory-mib=1", "--", "true"), b"memory_mib=1 must be a whole number"),
         (("run", "--accel=xen", "--", "true"), b"accel='xen' must be one of"),
+        (("run", "--lifecycle=both", "--", "true"), b"lifecycle='both' must be one of"),
         (("run", "no-such-recipe", "--", "true"), b"no-such-recipe"),
         (("run", "/no/such/image", "--", "true"), b"/no/such/image"),
         (("image", "build", "no-such-recipe"), b"no-such-recipe"),
