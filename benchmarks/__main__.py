@@ -6,6 +6,7 @@ import argparse
 import json
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
@@ -16,16 +17,24 @@ from rich.console import Console
 from benchmarks.boot import measure_boot
 from benchmarks.command import measure_command
 from benchmarks.files import measure_files
+from benchmarks.freezing import measure_freezing
 from benchmarks.image import measure_image
 from benchmarks.import_cost import measure_import
 from benchmarks.measurement import Measurement
+from benchmarks.memory import measure_memory
 from benchmarks.probes import measure_probes
 from benchmarks.report import document_of, table_of
+from benchmarks.restored import measure_restored
 from benchmarks.setting import HostDescription, Setting
+from benchmarks.throughput import measure_throughput
 from benchmarks.walls import measure_walls
 from pytest_vmsandbox.errors import VmSandboxError
 
 BENCHMARKS: Final[dict[str, Callable[[Setting], Sequence[Measurement]]]] = {
+    "restored": measure_restored,
+    "throughput": measure_throughput,
+    "memory": measure_memory,
+    "freezing": measure_freezing,
     "boot": measure_boot,
     "command": measure_command,
     "image": measure_image,
@@ -41,7 +50,7 @@ INTERRUPTED: Final = 128 + signal.SIGINT
 
 
 def main() -> int:
-    """Measure, print the table, write the JSON; 1 when a benchmark could not be run."""
+    """Measure, print the table, write the JSON; 1 when a benchmark could not be run to its end."""
     arguments = _parse_arguments()
     terminal = Console(stderr=True)
     # A pipe has no width: the table then takes the width that it needs.
@@ -63,6 +72,9 @@ def main() -> int:
             except VmSandboxError as error:
                 failed = True
                 terminal.print(f"{name} can't be measured here: {error}", markup=False)
+            except Exception:  # noqa: BLE001 - what the others show is wanted none the less
+                failed = True
+                terminal.print(f"{name} failed:\n{traceback.format_exc()}", markup=False)
     except KeyboardInterrupt:
         terminal.print("interrupted; nothing of it is left", markup=False)
         return INTERRUPTED

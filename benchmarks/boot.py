@@ -52,7 +52,10 @@ def measure_boot(setting: Setting) -> Sequence[Measurement]:
 
 def _boot(cache_dir: Path, image: str) -> float:
     started = time.perf_counter()
-    with open_worker(cache_dir) as worker, open_machine(worker, image=image) as machine:
+    with (
+        open_worker(cache_dir) as worker,
+        open_machine(worker, image=image, lifecycle="booted") as machine,
+    ):
         machine.run(["true"], check=True)
         return time.perf_counter() - started
 

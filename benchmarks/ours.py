@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,8 @@ def open_worker(cache_dir: Path) -> Iterator[Worker]:
 
 @contextmanager
 def open_machine(worker: Worker, **wishes: Any) -> Iterator[Machine]:
-    """A machine of that shape that has just booted; ended with the block."""
-    with _made(worker, wishes) as controller:
+    """A machine of that shape that answers, restored if nothing else is asked for; ended after."""
+    with made(worker, **wishes) as controller:
         worker.engine.run(worker.boot([controller]))
         yield Machine(controller, worker.engine)
 
@@ -36,12 +36,13 @@ def prepared_image(worker: Worker) -> Image:
 
 def accel_of(worker: Worker) -> str:
     """What `auto` means here, settled as the first machine settles it."""
-    with _made(worker, {}) as controller:
+    with made(worker, lifecycle="booted") as controller:
         return controller.facts.accel
 
 
 @contextmanager
-def _made(worker: Worker, wishes: Mapping[str, Any]) -> Iterator[MachineController]:
+def made(worker: Worker, **wishes: Any) -> Iterator[MachineController]:
+    """A machine of that shape that is not powered on yet; ended with the block."""
     (controller,) = worker.engine.run(worker.make([MachineSpec().changed(wishes)]))
     try:
         yield controller

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
-import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -14,6 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Final
 
+from benchmarks.bare_qemu import LISTENS_S, machine_config, open_bare, qemu_of, require_greeting
 from benchmarks.measurement import Measurement, Unit, alternate
 from benchmarks.ours import accel_of, open_machine, open_worker, prepared_image
 from benchmarks.setting import Setting
@@ -22,19 +21,18 @@ from pytest_vmsandbox.errors import HostUnfit
 from pytest_vmsandbox.host.facts import HostFacts, Tier
 from pytest_vmsandbox.host.tier import require_tier, require_walls
 from pytest_vmsandbox.image.image import Image
-from pytest_vmsandbox.machine.warden_launcher import RETRY_S, WardenLauncher
+from pytest_vmsandbox.machine.warden_launcher import WardenLauncher
 from pytest_vmsandbox.machine.wardens import Wardens
 from pytest_vmsandbox.machine.worker import Worker
 from pytest_vmsandbox.vmm.bare import BareLauncher
 from pytest_vmsandbox.vmm.launch import Handed, LaunchRequest
-from pytest_vmsandbox.vmm.qemu import MachineType, QemuConfig, render_command, socket_name
+from pytest_vmsandbox.vmm.qemu import render_command, socket_name
 from pytest_vmsandbox.warden.client import Warden
 
 # A launch takes some tens of milliseconds: so many pairs of them make one round.
 PAIRS: Final = 4
 
 MEMORY_MIB: Final = 128
-LISTENS_S: Final = 20.0
 
 _BENCHMARK: Final = "walls"
 _QMP: Final = socket_name("qmp")
@@ -144,7 +142,7 @@ def _empty_machine(worker: Worker, directory: Path) -> Rival:
     def command(seen_in: Path) -> list[str]:
         qmp = f"socket,id=qmp,path={seen_in / _QMP},server=on,wait=off"
         board = ("-machine", "none", "-nodefaults", "-no-user-config", "-display", "none")
-        return [_qemu(worker), *board, "-chardev", qmp, "-mon", "chardev=qmp,mode=control"]
+        return [qemu_of(worker), *board, "-chardev", qmp, "-mon", "chardev=qmp,mode=control"]
 
     return Rival(
         what="QEMU -M none",
@@ -158,18 +156,7 @@ def _whole_machine(
     worker: Worker, image: Image, launcher: WardenLauncher, directory: Path, *, accel: str
 ) -> Rival:
     """What a machine of the plugin's is, paused before its first instruction."""
-    config = QemuConfig(
-        program=_qemu(worker),
-        name="bench",
-        directory=directory,
-        kernel=image.kernel,
-        initramfs=image.initramfs,
-        command_line=image.command_line,
-        machine_type=MachineType.Q35,
-        accel=accel,
-        memory_mib=MEMORY_MIB,
-        cpus=1,
-    )
+    config = machine_config(worker, image, directory, accel=accel)
     view = launcher.view(directory=directory, files=config.files)
     bare = BareLauncher().view(directory=directory, files=config.files)
     walled = render_command(config.seen_through(view))
@@ -198,11 +185,6 @@ def _request(
     )
 
 
-def _qemu(worker: Worker) -> str:
-    assert worker.facts.qemu is not None  # an image was prepared and a machine made with it
-    return worker.facts.qemu.path
-
-
 def _walled_ms(worker: Worker, launcher: WardenLauncher, rival: Rival) -> float:
     return worker.engine.run(_walled(launcher, rival))
 
@@ -212,44 +194,13 @@ async def _walled(launcher: WardenLauncher, rival: Rival) -> float:
     deadline = Deadline.after(seconds=LISTENS_S)
     async with launcher.launch(rival.walled) as process:
         with await process.connect(_QMP, deadline=deadline) as sock:
-            _require_greeting(await asyncio.get_running_loop().sock_recv(sock, 4096))
+            require_greeting(await asyncio.get_running_loop().sock_recv(sock, 4096))
             return (time.perf_counter() - started) * 1000
 
 
 def _bare_ms(rival: Rival) -> float:
-    started = time.perf_counter()
-    deadline = Deadline.after(seconds=LISTENS_S)
-    streams = subprocess.DEVNULL
-    process = subprocess.Popen(rival.bare, stdin=streams, stdout=streams, stderr=streams)
-    try:
-        with _connect(rival.bare_socket, deadline=deadline) as sock:
-            _require_greeting(sock.recv(4096))
-            return (time.perf_counter() - started) * 1000
-    finally:
-        process.kill()
-        process.wait()
-        for made in rival.bare_socket.parent.glob("*.sock"):
-            made.unlink()
-
-
-def _connect(path: Path, *, deadline: Deadline) -> socket.socket:
-    """A connection as soon as it listens, tried as often as the walled side tries."""
-    while True:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            sock.connect(str(path))
-        except (FileNotFoundError, ConnectionRefusedError) as error:
-            sock.close()
-            if deadline.passed:
-                raise deadline.timed_out(f"QEMU listening on {path}", str(error)) from None
-            time.sleep(RETRY_S)
-        else:
-            return sock
-
-
-def _require_greeting(said: bytes) -> None:
-    if b'"QMP"' not in said:
-        raise RuntimeError(f"QEMU does not greet: {said!r}")
+    with open_bare(rival.bare, rival.bare_socket) as bare:
+        return bare.greeted_ms
 
 
 # A machine
@@ -265,7 +216,7 @@ def _measure_machines(
         teardowns[wanted].append(ended_ms)
         return booted_s
 
-    with open_machine(worker, tier=tier):
+    with open_machine(worker, tier=tier, lifecycle="booted"):
         pass  # the worker's warden has started
     seconds = alternate(
         {"walled": partial(live, tier), "bare": partial(live, Tier.BARE)}, rounds=setting.rounds
@@ -294,7 +245,7 @@ def _measure_machines(
 def _live(worker: Worker, tier: Tier) -> tuple[float, float]:
     """A whole life: seconds to the first answer, milliseconds of the end."""
     started = time.perf_counter()
-    with open_machine(worker, tier=tier, memory_mib=MEMORY_MIB) as machine:
+    with open_machine(worker, tier=tier, memory_mib=MEMORY_MIB, lifecycle="booted") as machine:
         machine.run(["true"], check=True)
         booted_s = time.perf_counter() - started
         started = time.perf_counter()

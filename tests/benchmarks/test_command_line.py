@@ -72,6 +72,54 @@ def test_the_walls_are_measured_beside_none_where_there_are_any(
         ]
 
 
+@pytest.mark.machine
+def test_restored_machines_are_weighed_and_templates_frozen(
+    vm_host: HostFacts, tmp_path: Path
+) -> None:
+    if vm_host.tier not in ("root", "sudo", "userns", "bare"):
+        pytest.skip("the memory of another user's processes can't be looked at")
+    figures = tmp_path / "figures"
+
+    done = run_benchmarks(
+        *("memory", "freezing", "--rounds", "1", "--json", figures, "--cache-dir", CACHE)
+    )
+
+    measured = {each["what"]: each for each in json.loads(figures.read_text())["measurements"]}
+    if done.returncode and "VMS-PSS-DENIED" in done.stderr:
+        pytest.skip("the memory of this VMM can't be looked at")
+    assert done.returncode == 0, done.stderr
+    (alone,) = measured["10 restored machines"]["values"]
+    (share,) = measured["10 restored machines, of 10 x 128 MiB"]["values"]
+    (together,) = measured["10 restored machines and their whole template"]["values"]
+    assert share == pytest.approx(100 * alone / 1280)
+    assert 10 < alone < together < 10 * 128
+    (frozen,) = measured["freezing a machine that has booted"]["values"]
+    (kept,) = measured["the same, and kept in the cache"]["values"]
+    assert 0 < frozen < kept
+
+
+def test_one_that_fails_does_not_keep_the_others_from_being_shown(tmp_path: Path) -> None:
+    program = (
+        "import sys; import benchmarks.__main__ as command;"
+        "command.BENCHMARKS['probes'] = lambda setting: 1 / 0;"
+        "sys.exit(command.main())"
+    )
+    options = ["probes", "import", "--rounds", "1", "--cache-dir", tmp_path]
+
+    done = subprocess.run(
+        [sys.executable, "-c", program, *map(str, options)],
+        check=False,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+
+    assert done.returncode == 1
+    assert "probes failed:" in done.stderr
+    assert "ZeroDivisionError" in done.stderr
+    assert "import: imports of the plugin" in done.stdout
+
+
 @pytest.mark.parametrize("arguments", [["nonsense"], ["import", "--rounds", "0"]])
 def test_what_can_not_be_measured_is_refused_before_anything_is(arguments: list[str]) -> None:
     done = run_benchmarks(*arguments)

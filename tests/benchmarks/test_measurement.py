@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.import_cost import outermost, parse_import_times
-from benchmarks.measurement import Measurement, Unit, alternate
+from benchmarks.measurement import Measurement, Unit, alternate, quotients
 
 
 def test_sides_take_turns_and_change_who_begins() -> None:
@@ -38,6 +38,16 @@ def test_without_a_peer_there_is_no_ratio() -> None:
     alone = Measurement(benchmark="b", what="w", unit=Unit.SECONDS, values=(1.0,), how="")
 
     assert alone.ratio is None
+
+
+def test_quotients_are_taken_round_by_round() -> None:
+    compared = quotients(
+        benchmark="restored", what="r", ours=[8.0, 30.0, 9.0], theirs=[2.0, 10.0, 1.0], how="done"
+    )
+
+    assert compared.values == (4.0, 3.0, 9.0)
+    assert compared.unit is Unit.TIMES
+    assert compared.how == "done; of the medians: 4.5"
 
 
 def test_an_import_of_ours_counts_once_with_all_that_it_imported() -> None:

@@ -1,0 +1,34 @@
+"""A pytest plugin that notes when what was done: `-p benchmarks.stamps`, the file by environment.
+
+It imports nothing of ours, so that runs without us can be measured by it too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+FILE: Final = "BENCHMARKS_STAMPS"
+
+
+def pytest_collection_finish() -> None:
+    """Note the end of the collection."""
+    _note({"step": "collected", "start": time.time(), "stop": time.time(), "seconds": 0.0})
+
+
+def pytest_runtest_makereport(call: pytest.CallInfo[object]) -> None:
+    """Note a step of a test: setup, call or teardown."""
+    _note({"step": call.when, "start": call.start, "stop": call.stop, "seconds": call.duration})
+
+
+def _note(stamp: dict[str, object]) -> None:
+    process = os.environ.get("PYTEST_XDIST_WORKER", "main")
+    line = json.dumps({"process": process, **stamp}) + "\n"
+    # One short write that appends: xdist's workers share the file.
+    with Path(os.environ[FILE]).open("a", encoding="utf-8") as file:
+        file.write(line)
