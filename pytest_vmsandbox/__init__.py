@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pytest_vmsandbox.host.facts import Capability, HostFacts
     from pytest_vmsandbox.machine.async_machine import AsyncMachine
     from pytest_vmsandbox.machine.command import Completed
+    from pytest_vmsandbox.machine.disk import Disk
     from pytest_vmsandbox.machine.jail import Jail
     from pytest_vmsandbox.machine.layer import Template
     from pytest_vmsandbox.machine.machine import Machine
@@ -53,6 +54,7 @@ _HOMES = {
     "host.facts": ("Capability", "HostFacts"),
     "machine.async_machine": ("AsyncMachine",),
     "machine.command": ("Completed",),
+    "machine.disk": ("Disk",),
     "machine.jail": ("Jail",),
     "machine.layer": ("Template",),
     "machine.machine": ("Machine",),
@@ -69,6 +71,7 @@ __all__ = [
     "ChannelLost",
     "CommandFailed",
     "Completed",
+    "Disk",
     "GuestPanicked",
     "HostFacts",
     "HostUnfit",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
+from pytest_vmsandbox.machine.disk_plan import DiskPlan
 from pytest_vmsandbox.machine.frozen import Frozen
 from pytest_vmsandbox.vmm.launch import Launcher
 from pytest_vmsandbox.vmm.qemu import QemuConfig
@@ -38,4 +40,9 @@ class Build:
     image: str
     image_digest: str
     time_scale: float
+    disks: Sequence[DiskPlan] = ()
     frozen: Frozen | None = None
+
+    def restored_from(self, frozen: Frozen) -> Build:
+        """The same machine, but restored: memory and disks begin as they were frozen."""
+        return replace(self, frozen=frozen, disks=frozen.disks.under(self.disks))

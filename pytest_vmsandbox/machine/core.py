@@ -18,6 +18,7 @@ from pytest_vmsandbox.errors import (
 from pytest_vmsandbox.guest.channel import Channel
 from pytest_vmsandbox.machine.build import Build, MachineFacts
 from pytest_vmsandbox.machine.console import Console
+from pytest_vmsandbox.machine.disks import Disks
 from pytest_vmsandbox.machine.running import Running
 from pytest_vmsandbox.machine.timings import Timings
 
@@ -31,6 +32,7 @@ class MachineCore:
         self.build = build
         self.name = build.config.name
         self.id = build.id
+        self.disks = Disks(build.disks, directory=build.config.directory)
         self.timings = Timings()
         self.console = Console(log=build.config.directory / "console.log")
         # Whether a caller has been told what it died of: the faces note it.

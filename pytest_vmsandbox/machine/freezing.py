@@ -20,9 +20,10 @@ _SETTLE_S = 0.05
 async def freeze(running: Running, *, deadline: Deadline) -> OwnedFd:
     """Stop the guest and give the state of its devices, which is the caller's.
 
-    Its memory is what was shared with it. The channel to its agent stays open, with nothing under
-    way: a restored guest then finds its line as it was. The VMM is good for nothing but being ended
-    afterwards. RequestInvalid names the device that forbids it; BootFailed when QEMU could not.
+    Its memory is what was shared with it, its disks what `Disks.freeze` copies now. The channel to
+    its agent stays open, with nothing under way: a restored guest then finds its line as it was.
+    The VMM is good for nothing but being ended afterwards. RequestInvalid names the device that
+    forbids it; BootFailed when QEMU could not.
     """
     await running.channel.sync()
     await _settle(running, deadline=deadline)

@@ -6,12 +6,13 @@ import os
 from dataclasses import dataclass
 
 from pytest_vmsandbox.linux import OwnedFd
+from pytest_vmsandbox.machine.disks import NO_DISKS, FrozenDisks
 from pytest_vmsandbox.machine.memory import GuestMemory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Frozen:
-    """Memory, the state of the devices, and the nonce of the boot that was frozen.
+    """Memory, disks, the state of the devices, and the nonce of the boot that was frozen.
 
     `console` is what its guest had printed, which whoever is restored from it has printed too. Its
     holder closes it; machines that were restored keep what they have of it.
@@ -21,6 +22,7 @@ class Frozen:
     memory: GuestMemory
     state: OwnedFd
     console: bytes = b""
+    disks: FrozenDisks = NO_DISKS
 
     def open_state(self) -> OwnedFd:
         """The state from its beginning: whoever reads it moves no one else's place in it."""
@@ -31,9 +33,10 @@ class Frozen:
         return os.pread(self.state, os.fstat(self.state).st_size, 0)
 
     def close(self) -> None:
-        """Give memory and state back."""
+        """Give memory, state and disks back."""
         self.memory.close()
         self.state.close()
+        self.disks.close()
 
 
 def state_of(content: bytes) -> OwnedFd:

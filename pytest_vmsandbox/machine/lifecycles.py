@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from pytest_vmsandbox.errors import MachineFailed, OutcomeUnknown, RequestInvalid
 from pytest_vmsandbox.machine.build import Build
+from pytest_vmsandbox.machine.template import Recipe
 from pytest_vmsandbox.machine.templates import Templates, recipe_of
 
 # Of what making a template may fail, and its machine boot none the less.
@@ -19,6 +18,7 @@ class Lifecycles:
         self._templates = templates
         self._given_up: dict[str, Exception] = {}
         self._told: list[str] = []
+        self._seen: set[str] = set()
 
     @property
     def incidents(self) -> list[str]:
@@ -33,8 +33,10 @@ class Lifecycles:
         """
         recipe = recipe_of(build)
         if recipe.digest not in self._given_up:
+            if not demanded and not await self._pays(build, recipe):
+                return build
             try:
-                return replace(build, frozen=await self._templates.frozen(build))
+                return build.restored_from(await self._templates.frozen(build))
             except _CAN_NOT_BE_MADE as error:
                 self._given_up[recipe.digest] = error
                 self._told.append(f"booted each time, not restored: {recipe.title}: {_why(error)}")
@@ -45,6 +47,16 @@ class Lifecycles:
             f"{build.config.name} can't be restored: {_why(reason)}",
             'ask for lifecycle="booted", or for none',
         ) from reason
+
+    async def _pays(self, build: Build, recipe: Recipe) -> bool:
+        """Whether a template will be used: not for an image that a test made for itself alone.
+
+        One that we have met before, or somebody has made a template of, is none of these.
+        """
+        if all(disk.source is None for disk in build.disks) or recipe.digest in self._seen:
+            return True
+        self._seen.add(recipe.digest)
+        return await self._templates.find(recipe) is not None
 
 
 def _why(error: Exception) -> str:

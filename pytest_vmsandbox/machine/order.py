@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pytest_vmsandbox.machine.frozen import Frozen
-from pytest_vmsandbox.vmm.launch import VmmView
+from pytest_vmsandbox.vmm.launch import LaunchRequest, VmmView
 from pytest_vmsandbox.vmm.qemu import QemuConfig, render_command
 
 _LOG_TAIL_BYTES = 4000
@@ -37,6 +37,22 @@ class PowerOn:
         words = (*self.config.command_line, "panic=0", f"vmsandbox.nonce={self.nonce}")
         config = self.config.seen_through(self.view)
         return render_command(replace(config, command_line=words))
+
+    @property
+    def request(self) -> LaunchRequest:
+        """What a launcher is asked for."""
+        config = self.config
+        return LaunchRequest(
+            id=self.id,
+            name=config.name,
+            argv=self.command,
+            directory=config.directory,
+            log=self.log,
+            files=config.files,
+            memory_mib=config.vmm_memory_mib,
+            kvm=config.accel == "kvm",
+            written_bytes=config.written_bytes,
+        )
 
     def read_log_tail(self) -> str:
         """The end of the VMM's log; empty where there is none."""

@@ -11,6 +11,7 @@ from typing import Any
 from pytest_vmsandbox.deadline import Deadline
 from pytest_vmsandbox.errors import BootFailed, RequestInvalid, TeardownRefused
 from pytest_vmsandbox.guest.channel import SILENCE_S
+from pytest_vmsandbox.jail.off_loop import run_off_loop
 from pytest_vmsandbox.lease.teardown import tear_down
 from pytest_vmsandbox.machine.build import Build
 from pytest_vmsandbox.machine.core import MachineCore
@@ -54,9 +55,10 @@ class Power(MachineCore):
             self._boot = None
 
     async def power_cut(self) -> None:
-        """Switch it off at once, as if the mains had failed; disks keep what was written.
+        """Switch it off at once, as if the mains had failed; disks keep what was written to them.
 
-        A boot that is under way is given up.
+        What the guest has not flushed is lost, or not: docs/disks.md. A boot that is under way is
+        given up.
         """
         if self._boot is not None and self._boot is not asyncio.current_task():
             self._boot.cancel()
@@ -105,6 +107,8 @@ class Power(MachineCore):
             await self.power_cut()
             self._remembered = self.evidence()
             self._closed = True
+            if self.build.disks:
+                await run_off_loop(self.disks.close)
             # What resists, or is mounted there and not to be taken off by us, is left to the end
             # of the run, which has sudo, and tells of what it can't remove.
             with suppress(TeardownRefused):
@@ -125,7 +129,8 @@ class Power(MachineCore):
 
     async def _power_on(self, *, boot_s: float) -> None:
         scale = self.build.time_scale
-        frozen, config = self._to_restore, self.build.config
+        disks = await run_off_loop(self.disks.open) if self.build.disks else ()
+        frozen, config = self._to_restore, replace(self.build.config, disks=disks)
         if frozen is not None:
             memory = Memory(frozen.memory)
             config = replace(config, memory=memory, restored=True)

@@ -31,7 +31,8 @@ from pytest_vmsandbox.machine.console import Console, ConsoleLine, KernelTrouble
 from pytest_vmsandbox.machine.frozen import Frozen
 from pytest_vmsandbox.machine.order import PowerOn
 from pytest_vmsandbox.machine.timings import Timings
-from pytest_vmsandbox.vmm.launch import Launcher, LaunchRequest, VmmProcess
+from pytest_vmsandbox.vmm.disk import disk_error
+from pytest_vmsandbox.vmm.launch import Launcher, VmmProcess
 from pytest_vmsandbox.vmm.qemu import socket_name
 from pytest_vmsandbox.vmm.qmp import QmpEvent, QmpSession, open_qmp
 
@@ -77,6 +78,7 @@ class Running:
         self._lines = AsyncExitStack()
         self._console = console
         self._status = "starting"
+        self._disk_error = ""
         self._tasks: set[asyncio.Task[None]] = set()
         self._greeting: asyncio.Task[None] | None = None
         self._ending = False  # we kill it: nothing that happens to it now is a failure
@@ -208,6 +210,8 @@ class Running:
                 self._shutdown_told.set()
             case "VSERPORT_CHANGE" if event.data.get("open") is False:
                 self._spawn(self._port_closed())
+            case "BLOCK_IO_ERROR":
+                self._disk_error = disk_error(event.data)
             case "STOP":
                 self._status = "paused"
                 self._spawn(self._look_why_stopped())
@@ -401,7 +405,8 @@ class Running:
             match answer:
                 case {"status": "internal-error" | "io-error" as status}:
                     self._status = status
-                    self.fail(self.failed(VmmDied, f"the VMM stopped the guest: {status}"))
+                    why = self._disk_error or status
+                    self.fail(self.failed(VmmDied, f"the VMM stopped the guest: {why}"))
 
     async def _within(self, event: asyncio.Event, deadline: Deadline, awaited: str) -> None:
         await self._by(deadline, awaited, event.wait())
@@ -441,20 +446,7 @@ async def open_running(
     console.power_on()
     async with AsyncExitStack() as stack:
         with timings.measuring("spawn_s"):
-            process = await stack.enter_async_context(
-                launcher.launch(
-                    LaunchRequest(
-                        id=order.id,
-                        name=order.config.name,
-                        argv=order.command,
-                        directory=order.config.directory,
-                        log=order.log,
-                        files=order.config.files,
-                        memory_mib=order.config.vmm_memory_mib,
-                        kvm=order.config.accel == "kvm",
-                    )
-                )
-            )
+            process = await stack.enter_async_context(launcher.launch(order.request))
             running = Running(order, console, process)
             on_started(running)
             stack.push_async_callback(running.close)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from pytest_vmsandbox.errors import RequestInvalid
+from pytest_vmsandbox.machine.disk import Disk, require_disks
 from pytest_vmsandbox.machine.layer import Template
 
 # The least that the default image's kernel boots in, tried.
@@ -35,6 +36,7 @@ class MachineSpec:
     lifecycle: str = "restored"
     name: str | None = None
     template: Template | str | None = None
+    disks: Sequence[Disk] = ()
     # The fields that a test asked for itself, in place of what machines are usually like.
     demanded: frozenset[str] = field(default=frozenset(), compare=False)
 
@@ -54,6 +56,8 @@ class MachineSpec:
                 f"name={self.name!r} can't be a machine's name",
                 "a host name: 1 to 32 of a-z, 0-9 and -, not at either end",
             )
+        # A list may change, or be another's: what was looked at is what is kept.
+        object.__setattr__(self, "disks", require_disks(self.disks))
 
     def changed(self, wishes: Mapping[str, Any]) -> MachineSpec:
         """The same spec with `wishes` (field to value) in place of its own values.
@@ -73,7 +77,7 @@ class MachineSpec:
         """The shape of `other`, but for what was demanded of this one."""
         shape = {
             name: getattr(other, name)
-            for name in ("image", "memory_mib", "cpus", "accel")
+            for name in ("image", "memory_mib", "cpus", "disks", "accel")
             if name not in self.demanded
         }
         return replace(self, **shape)

@@ -4,6 +4,7 @@ memory          the guest's RAM, or what differs from that of the template it st
 pages           which pages of RAM are in `memory`
 console         what the guest had printed
 state           the state of its devices, as QEMU writes it for a migration
+SERIAL.0, ...   what was written to its disks, by their serials
 manifest.json   what it was made of, and how long and which content all of it must have
 lock            held by whoever makes it or uses it
 """
@@ -27,9 +28,16 @@ from pytest_vmsandbox.machine.memory_file import (
     load_memory,
     save_memory,
 )
+from pytest_vmsandbox.machine.template_disks import (
+    DisksDamaged,
+    SavedDisks,
+    find_disks,
+    parse_saved_disks,
+    save_disks,
+)
 
 # It grows whenever a template of the older form would be misread.
-FORMAT = 3
+FORMAT = 4
 
 STATE, CONSOLE, MANIFEST = "state", "console", "manifest.json"
 
@@ -85,6 +93,7 @@ class Manifest:
     state_bytes: int
     state_sha256: str
     console_sha256: str
+    disks: SavedDisks
     base: Base | None
 
     @property
@@ -117,6 +126,7 @@ def save_template(
     """
     below = base.frozen.memory if base else None
     memory_sha256 = save_memory(frozen.memory, directory, base=below)
+    disks = save_disks(frozen.disks, directory)
     state = frozen.read_state()
     (directory / STATE).write_bytes(state)
     (directory / CONSOLE).write_bytes(frozen.console)
@@ -130,6 +140,7 @@ def save_template(
         state_bytes=len(state),
         state_sha256=hashlib.sha256(state).hexdigest(),
         console_sha256=hashlib.sha256(frozen.console).hexdigest(),
+        disks=disks,
         base=base.base if base else None,
     )
     form = {"format": FORMAT, **asdict(manifest), "content": manifest.content}
@@ -148,7 +159,7 @@ def read_manifest(directory: Path) -> Manifest:
         raise TemplateDamaged(f"{path}: {error}") from error
     match form:
         case {
-            "format": 3,
+            "format": 4,
             "digest": str(digest),
             "parts": dict(parts),
             "title": str(title),
@@ -158,6 +169,7 @@ def read_manifest(directory: Path) -> Manifest:
             "state_bytes": int(state_bytes),
             "state_sha256": str(state_sha256),
             "console_sha256": str(console_sha256),
+            "disks": disks,
             "base": base,
             "content": str(content),
         }:
@@ -171,6 +183,7 @@ def read_manifest(directory: Path) -> Manifest:
                 state_bytes=state_bytes,
                 state_sha256=state_sha256,
                 console_sha256=console_sha256,
+                disks=_parse_disks(disks),
                 base=_parse_base(base),
             )
         case {"format": int(number)} if number != FORMAT:
@@ -201,8 +214,14 @@ def load_template(chain: Sequence[Path], recipe: Recipe) -> tuple[Manifest, Froz
                 raise TemplateDamaged(f"{directory}: its memory is not what its manifest says")
         memory.seal()
         state, console = _state(chain[0], top), _console(chain[0], top)
-        return top, Frozen(nonce=top.nonce, memory=memory, state=state_of(state), console=console)
-    except (OSError, MemoryDamaged) as error:
+        return top, Frozen(
+            nonce=top.nonce,
+            memory=memory,
+            disks=find_disks(top.disks, chain[0]),
+            state=state_of(state),
+            console=console,
+        )
+    except (OSError, MemoryDamaged, DisksDamaged) as error:
         memory.close()
         raise TemplateDamaged(str(error)) from error
     except BaseException:
@@ -223,7 +242,8 @@ def check_template(chain: Sequence[Path], *, every_byte: bool = True) -> None:
             raise TemplateDamaged(f"{chain[0]}: its memory is not what its manifest says")
         _state(chain[0], top)
         _console(chain[0], top)
-    except (OSError, MemoryDamaged) as error:
+        find_disks(top.disks, chain[0])
+    except (OSError, MemoryDamaged, DisksDamaged) as error:
         raise TemplateDamaged(str(error)) from error
 
 
@@ -252,6 +272,13 @@ def _console(directory: Path, manifest: Manifest) -> bytes:
     if hashlib.sha256(console).hexdigest() != manifest.console_sha256:
         raise TemplateDamaged(f"{directory}: its console is not what its manifest says")
     return console
+
+
+def _parse_disks(form: object) -> SavedDisks:
+    try:
+        return parse_saved_disks(form)
+    except DisksDamaged as error:
+        raise TemplateDamaged(str(error)) from error
 
 
 def _parse_base(form: object) -> Base | None:

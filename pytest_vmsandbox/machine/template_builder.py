@@ -170,7 +170,7 @@ class TemplateBuilder:
     ) -> Iterator[MachineController]:
         """A machine out of `base` that writes to `memory`."""
         shared = sharing(build, memory)
-        machine = MachineController(replace(shared, frozen=replace(base.frozen, memory=memory)))
+        machine = MachineController(shared.restored_from(replace(base.frozen, memory=memory)))
         ended = self._on_machine(machine)
         try:
             self._engine.run(self._worker.boot([machine]))

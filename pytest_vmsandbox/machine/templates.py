@@ -68,7 +68,7 @@ class Templates:
     async def restored(self, build: Build, template: Template) -> Build:
         """The build with what it is restored from; it must be of the machine that was prepared."""
         kept = await self.kept(build, template)
-        return replace(build, frozen=kept.frozen)
+        return build.restored_from(kept.frozen)
 
     async def kept(self, build: Build, template: Template | None) -> Kept:
         """That template, or the one of a machine that was booted and nothing else.
@@ -158,6 +158,7 @@ async def _boot_and_freeze(build: Build) -> Frozen:
             return await freeze_for_good(machine, memory)
         finally:
             await machine.power_cut()
+            await run_off_loop(machine.disks.close)
     except BaseException:
         memory.close()
         raise
@@ -180,11 +181,12 @@ async def freeze_for_good(machine: MachineController, memory: GuestMemory) -> Fr
     try:
         console = machine.console.held
         await machine.power_cut()
+        disks = await run_off_loop(machine.disks.freeze)
         memory.seal()  # the VMM is gone, which had it mapped
     except BaseException:
         state.close()
         raise
-    return Frozen(nonce=nonce, memory=memory, state=state, console=console)
+    return Frozen(nonce=nonce, memory=memory, disks=disks, state=state, console=console)
 
 
 def require_made_of(build: Build, template: Template) -> None:
@@ -208,6 +210,7 @@ def recipe_of(build: Build) -> Recipe:
                 _version_of(file) for file in config.files if isinstance(file, Path)
             ),
             "vmm": f"{config.program} {_version_of(Path(config.program))}",
+            "disks": "; ".join(plan.identity for plan in build.disks),
             "command": shlex.join(render_command(_without_this_run(config))),
             "processor": _processor() if config.accel == "kvm" else "emulated",
         },

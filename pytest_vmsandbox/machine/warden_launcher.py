@@ -18,7 +18,7 @@ from pytest_vmsandbox.jail.vmm_view import ROOM, plan_vmm_view
 from pytest_vmsandbox.lease.entries import CGROUP_PREFIX, CgroupEntry
 from pytest_vmsandbox.lease.ledger import Ledger
 from pytest_vmsandbox.linux import ProcessIdentity
-from pytest_vmsandbox.vmm.launch import Handed, LaunchRequest, Memory, VmmView
+from pytest_vmsandbox.vmm.launch import Handed, LaunchRequest, VmmView
 from pytest_vmsandbox.warden.client import JailedProcess, Warden
 from pytest_vmsandbox.warden.requests import Launch, Limits, Network, Who
 
@@ -36,7 +36,7 @@ PROCESSES = 512
 # the 1024 that we may open as a rule: with what it has in flight it can pass its limit by 253.
 OPEN_FILES = 640
 
-# What a VMM may write to any one file: its log is the only one that is the host's.
+# What a VMM may write to any one file, unless a disk is longer: of the host's that is its log.
 FILE_BYTES = 64 << 20
 
 # Nobody listens; or the VMM has ended, of which whoever watches it tells more.
@@ -151,10 +151,10 @@ class WardenLauncher:
             files = [given.enter_context(file) for file in _streams(request)]
             descriptors = [file.fileno() for file in files]
             for handed in request.files:
-                if isinstance(handed, Memory):
-                    descriptors.append(handed.descriptor)
-                else:
+                if isinstance(handed, Path):
                     descriptors.append(given.enter_context(handed.open("rb")).fileno())
+                else:
+                    descriptors.append(handed.descriptor)
             async with AsyncExitStack() as stack:
                 try:
                     started = warden.launch(_order(request), descriptors)
@@ -208,11 +208,11 @@ def _order(request: LaunchRequest) -> Launch:
             address_bytes=None if memory_bytes is None else memory_bytes + RESERVED_BYTES,
             memory_bytes=memory_bytes,
             processes=PROCESSES,
-            file_bytes=FILE_BYTES,
+            file_bytes=max(FILE_BYTES, request.written_bytes),
             open_files=OPEN_FILES,
         ),
         files=tuple(
-            None if isinstance(file, Memory) else str(file.absolute()) for file in request.files
+            str(file.absolute()) if isinstance(file, Path) else None for file in request.files
         ),
         room=str(ROOM),
         group=request.id,

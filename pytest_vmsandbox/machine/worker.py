@@ -35,6 +35,7 @@ from pytest_vmsandbox.lease.run_directory import (
 )
 from pytest_vmsandbox.machine.build import Build
 from pytest_vmsandbox.machine.controller import MachineController
+from pytest_vmsandbox.machine.disk_plan import plan_disks
 from pytest_vmsandbox.machine.engine import Engine
 from pytest_vmsandbox.machine.layer import Template
 from pytest_vmsandbox.machine.lifecycles import Lifecycles
@@ -248,6 +249,7 @@ class Worker:
             image=image.name,
             image_digest=image.digest,
             time_scale=self.settings.timeout_scale * facts.time_scale,
+            disks=await asyncio.to_thread(plan_disks, spec.disks) if spec.disks else (),
         )
 
     async def _launcher(self, tier: Tier) -> Launcher:

@@ -15,7 +15,7 @@ from pytest_vmsandbox.deadline import Deadline
 from pytest_vmsandbox.errors import HostUnfit
 from pytest_vmsandbox.host.socket_auth import connect_machine_socket
 from pytest_vmsandbox.linux import ProcessIdentity
-from pytest_vmsandbox.vmm.launch import Handed, LaunchRequest, Memory, VmmView
+from pytest_vmsandbox.vmm.launch import Handed, LaunchRequest, VmmView
 
 
 class BareProcess:
@@ -77,7 +77,7 @@ class BareLauncher:
     """Starts VMMs as children of this process, with this process's rights (tier `bare`)."""
 
     def view(self, *, directory: Path, files: Sequence[Handed]) -> VmmView:
-        """It sees what we see, and our memory through /proc."""
+        """It sees what we see, and inherits what is open here already."""
         return VmmView(directory=directory, files={file: _seen(file) for file in files})
 
     @asynccontextmanager
@@ -94,7 +94,7 @@ class BareLauncher:
                 f"{program} is not an executable file",
                 "vmsandbox setup",
             )
-        child = _spawn([*_dying_with_us(), *request.argv], log=request.log)
+        child = _spawn([*_dying_with_us(), *request.argv], request)
         try:
             process = BareProcess(child, request.directory)
         except BaseException:
@@ -109,9 +109,7 @@ class BareLauncher:
 
 
 def _seen(file: Handed) -> Path:
-    if isinstance(file, Memory):
-        return Path(f"/proc/{os.getpid()}/fd/{file.descriptor}")
-    return file
+    return file if isinstance(file, Path) else Path(f"/proc/self/fd/{int(file.descriptor)}")
 
 
 async def _end(process: BareProcess) -> None:
@@ -120,14 +118,16 @@ async def _end(process: BareProcess) -> None:
     process.close()
 
 
-def _spawn(argv: Sequence[str], *, log: Path) -> subprocess.Popen[bytes]:
-    with log.open("ab") as output:
+def _spawn(argv: Sequence[str], request: LaunchRequest) -> subprocess.Popen[bytes]:
+    inherited = [file.descriptor for file in request.files if not isinstance(file, Path)]
+    with request.log.open("ab") as output:
         return subprocess.Popen(
             argv,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            pass_fds=inherited,
         )
 
 

@@ -20,8 +20,15 @@ class Memory:
     descriptor: int
 
 
-Handed: TypeAlias = Path | Memory
-"""What a VMM is handed: a file that it may read, or memory."""
+@dataclass(frozen=True, slots=True)
+class Writable:
+    """A file that is handed over open for writing; the descriptor stays the caller's."""
+
+    descriptor: int
+
+
+Handed: TypeAlias = Path | Memory | Writable
+"""What a VMM is handed: a file that it may read, memory, or a file that it may write to."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,8 +44,9 @@ class LaunchRequest:
     """A VMM to be started: its `argv`, with paths as it will see them, and what it needs.
 
     `id` names the machine on this host, `name` for its user; `files` may be read, and nothing of
-    the host be written but the VMM's own directory; stdout and stderr go to `log`, stdin is
-    /dev/null. `memory_mib` is what guest and VMM together may take, `kvm` asks for /dev/kvm.
+    the host be written but the VMM's own directory and what is `Writable`; stdout and stderr go
+    to `log`, stdin is /dev/null. `memory_mib` is what guest and VMM together may take, `kvm` asks
+    for /dev/kvm; `written_bytes` is how long a file it must be able to write.
     """
 
     id: str
@@ -49,6 +57,7 @@ class LaunchRequest:
     files: Sequence[Handed] = ()
     memory_mib: int | None = None
     kvm: bool = False
+    written_bytes: int = 0
 
 
 class VmmProcess(Protocol):

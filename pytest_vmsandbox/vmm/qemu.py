@@ -8,6 +8,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from pytest_vmsandbox.errors import RequestInvalid
+from pytest_vmsandbox.vmm.disk import DiskStack, render_disk
 from pytest_vmsandbox.vmm.launch import Handed, VmmView
 
 # QEMU's default translation cache is up to 1 GiB for each machine; a kernel and a shell fit
@@ -52,6 +53,7 @@ class QemuConfig:
     accel: str
     memory_mib: int
     cpus: int
+    disks: Sequence[DiskStack] = ()
     read_only_disks: Mapping[str, Path] = field(default_factory=dict)
     seccomp: bool = True
     memory: Handed | None = None
@@ -62,7 +64,13 @@ class QemuConfig:
     def files(self) -> tuple[Handed, ...]:
         """What QEMU is handed of the host."""
         memory = () if self.memory is None else (self.memory,)
-        return (self.kernel, self.initramfs, *self.read_only_disks.values(), *memory)
+        disks = (file for disk in self.disks for file in disk.files)
+        return (self.kernel, self.initramfs, *disks, *self.read_only_disks.values(), *memory)
+
+    @property
+    def written_bytes(self) -> int:
+        """How long a file QEMU must be able to write: the longest of its disks."""
+        return max((disk.written_bytes for disk in self.disks), default=0)
 
     @property
     def vmm_memory_mib(self) -> int:
@@ -77,6 +85,7 @@ class QemuConfig:
             directory=view.directory,
             kernel=view.files[self.kernel],
             initramfs=view.files[self.initramfs],
+            disks=tuple(disk.seen_through(view.files) for disk in self.disks),
             read_only_disks=disks,
             memory=None if self.memory is None else view.files[self.memory],
         )
@@ -137,6 +146,8 @@ def _render_devices(config: QemuConfig) -> Iterator[str]:
     yield from ("-device", f"virtio-serial-{bus},max_ports=4")
     yield from ("-device", f"virtserialport,chardev=agent,name={AGENT_PORT}")
     yield from ("-device", f"virtio-rng-{bus}")
+    for disk in config.disks:  # before any disk of ours: the user's first one is /dev/vda
+        yield from render_disk(disk, bus=bus)
     for serial, path in config.read_only_disks.items():
         yield from (
             "-drive",

@@ -205,7 +205,7 @@ struct refusal {
 };
 void machine_start(void);
 int machine_find_port(void);
-void machine_mount_modules(void);
+void machine_find_disks(void);
 void machine_facts(const char *nonce);
 struct refusal machine_individualize(const struct identity *identity);
 void machine_power(enum power how);

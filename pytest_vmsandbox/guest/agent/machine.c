@@ -108,14 +108,31 @@ static void raise_loopback(void)
         close(fd);
 }
 
+/* The name that udev gives a disk, for images that have none. */
+static void link_disk(const char *disk, const char *serial)
+{
+    char target[300], path[80];
+    if (!*serial || strchr(serial, '/'))
+        return;
+    snprintf(target, sizeof target, "../../%s", disk);
+    snprintf(path, sizeof path, "/dev/disk/by-id/virtio-%s", serial);
+    mkdir("/dev/disk", 0755);
+    mkdir("/dev/disk/by-id", 0755);
+    if (symlink(target, path) < 0 && errno != EEXIST)
+        console_note("link", path, errno);
+}
+
 /* The rest of the modules lie on a disk of their own, so that they need not be unpacked at boot. */
-void machine_mount_modules(void)
+void machine_find_disks(void)
 {
     DIR *disks = opendir("/sys/block");
     for (struct dirent *disk; disks && (disk = readdir(disks)) != NULL;) {
         char path[300], serial[32];
         snprintf(path, sizeof path, "/sys/block/%s/serial", disk->d_name);
-        if (*disk->d_name == '.' || !read_line(path, serial, sizeof serial) || strcmp(serial, MODULES_SERIAL) != 0)
+        if (*disk->d_name == '.' || !read_line(path, serial, sizeof serial))
+            continue;
+        link_disk(disk->d_name, serial);
+        if (strcmp(serial, MODULES_SERIAL) != 0)
             continue;
         snprintf(path, sizeof path, "/dev/%s", disk->d_name);
         if (mount(path, "/lib/modules", "ext4", MS_RDONLY, "noload") < 0)
@@ -173,7 +190,7 @@ void machine_start(void)
     load_modules();
     raise_loopback();
     give_machine_id();
-    machine_mount_modules(); /* may move behind the hello: before the first spawn is early enough */
+    machine_find_disks(); /* may move behind the hello: before the first spawn is early enough */
 }
 
 void machine_facts(const char *nonce)

@@ -1,0 +1,162 @@
+"""The disks of one machine: its own files over what they begin as, kept while the machine lives."""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from pytest_vmsandbox.linux import OwnedFd
+from pytest_vmsandbox.machine.disk_plan import DiskPlan
+from pytest_vmsandbox.machine.sparse import clone
+from pytest_vmsandbox.vmm.disk import DiskFormat, DiskStack, Layer
+from pytest_vmsandbox.vmm.launch import Writable
+from pytest_vmsandbox.vmm.qcow2 import write_empty
+
+# Others may read a layer, so that a VMM of another user can, which is handed it open; nobody else
+# gets to it, since the directory is ours alone.
+READ_ONLY = 0o444
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrozenDisks:
+    """What was written to disks until one moment: what other machines' disks begin as.
+
+    `layers` are by the serial of the disk, from the uppermost, on whatever source it has. Those
+    in `directory` go with it; machines that have opened them keep what they have of them.
+    """
+
+    layers: Mapping[str, Sequence[Layer]] = field(default_factory=dict)
+    directory: Path | None = None
+
+    def under(self, plans: Sequence[DiskPlan]) -> tuple[DiskPlan, ...]:
+        """Disks like these, but which begin as they were frozen."""
+        return tuple(
+            replace(plan, frozen=self.layers.get(plan.serial, plan.frozen)) for plan in plans
+        )
+
+    def close(self) -> None:
+        """Remove their files."""
+        if self.directory is not None:
+            _remove(self.directory)
+
+
+NO_DISKS = FrozenDisks()
+
+
+class Disks:
+    """What a machine writes to, from the first `open` to `close`, which removes it.
+
+    The files are made in `directory`, and take room there only where the guest has written.
+    """
+
+    def __init__(self, plans: Sequence[DiskPlan], *, directory: Path) -> None:
+        self._plans = plans
+        self._directory = directory
+        self._stacks: tuple[DiskStack, ...] | None = None
+        self._held = ExitStack()
+
+    def open(self) -> tuple[DiskStack, ...]:
+        """The disks with all that was written to them so far, for a VMM.
+
+        Raises OSError where the host has no room for them; nothing is left then.
+        """
+        if self._stacks is None:
+            with ExitStack() as undo:
+                directory = new_directory(beside=self._directory / "disks")
+                undo.callback(_remove, directory)
+                self._stacks = tuple(_open(plan, directory, undo) for plan in self._plans)
+                self._held = undo.pop_all()
+        return self._stacks
+
+    def freeze(self) -> FrozenDisks:
+        """A copy of all disks as they are now, which its receiver closes.
+
+        The guest must be stopped, so that QEMU has written all that it had. The copy shares its
+        blocks with the disks where the file system can, and takes as much room as they where not.
+        It is made beside this machine's directory, and outlives this machine.
+        """
+        if not self._plans:
+            return NO_DISKS
+        directory = new_directory(beside=self._directory)
+        try:
+            stacks = zip(self._plans, self.open(), strict=True)
+            layers = {
+                plan.serial: _freeze(plan, stack, directory)
+                for plan, stack in stacks
+                if not plan.read_only
+            }
+        except BaseException:
+            _remove(directory)
+            raise
+        return FrozenDisks(layers=layers, directory=directory)
+
+    def close(self) -> None:
+        """Remove what was written; safe to repeat. No VMM may have them any more."""
+        self._held.close()
+        self._stacks = None
+
+
+def new_directory(*, beside: Path) -> Path:
+    """A new private directory for files of disks, beside another directory."""
+    return Path(tempfile.mkdtemp(prefix="disks-", dir=beside.parent))
+
+
+def _open(plan: DiskPlan, directory: Path, undo: ExitStack) -> DiskStack:
+    layers: tuple[Layer, ...] = plan.below
+    if not plan.read_only:
+        below = (*_adopt(plan, directory), *plan.below)
+        form = DiskFormat.QCOW2 if below else DiskFormat.RAW
+        top = undo.enter_context(new_file(directory / f"{plan.serial}.written"))
+        if form is DiskFormat.RAW:
+            os.ftruncate(top, plan.size)
+        else:
+            write_empty(top, size=plan.size)
+        layers = (Layer(file=Writable(top), format=form), *below)
+    return DiskStack(serial=plan.serial, size=plan.size, layers=layers, read_only=plan.read_only)
+
+
+def _adopt(plan: DiskPlan, directory: Path) -> tuple[Layer, ...]:
+    """The frozen layers of a disk by names of our own, so that they last as long as we do."""
+    return tuple(
+        _named(layer, directory / f"{plan.serial}.{number}")
+        for number, layer in enumerate(plan.frozen)
+    )
+
+
+def _named(layer: Layer, name: Path) -> Layer:
+    try:
+        name.hardlink_to(str(layer.file))
+    except OSError as error:
+        # In the cache, which may be on another file system, the lock of its template keeps it.
+        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK):
+            raise
+        return layer
+    return replace(layer, file=name)
+
+
+def _freeze(plan: DiskPlan, stack: DiskStack, directory: Path) -> tuple[Layer, ...]:
+    written = stack.layers[0]
+    assert isinstance(written.file, Writable)
+    path = directory / f"{plan.serial}.frozen"
+    with new_file(path) as copy:
+        clone(written.file.descriptor, copy)
+        os.fchmod(copy, READ_ONLY)
+    return (Layer(file=path, format=written.format), *_adopt(plan, directory))
+
+
+def _remove(directory: Path) -> None:
+    """Remove a directory of ours; what resists is left to the end of the run."""
+    with suppress(OSError):
+        for file in directory.iterdir():
+            file.unlink()
+        directory.rmdir()
+
+
+def new_file(path: Path) -> OwnedFd:
+    """A new file of ours, open for reading and writing; its holder closes it."""
+    return OwnedFd(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))

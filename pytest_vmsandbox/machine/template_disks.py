@@ -1,0 +1,95 @@
+"""The disks of a template: all that was written to them, as files that never change.
+
+They are called SERIAL.0, SERIAL.1 and so on, from the uppermost. What a test gave as a source is
+not among them: that it is still the same is a matter of the recipe.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pytest_vmsandbox.linux import OwnedFd
+from pytest_vmsandbox.machine.disks import READ_ONLY, FrozenDisks, new_file
+from pytest_vmsandbox.machine.sparse import copy_sparse, hash_sparse
+from pytest_vmsandbox.vmm.disk import DiskFormat, Layer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SavedLayer:
+    """What the manifest says of a file: its format, its length, and the SHA-256 of its content."""
+
+    format: str
+    bytes: int
+    sha256: str
+
+
+SavedDisks = Mapping[str, Sequence[SavedLayer]]
+"""The layers of every writable disk, by its serial."""
+
+
+class DisksDamaged(Exception):
+    """The files are not what the manifest says."""
+
+
+def save_disks(disks: FrozenDisks, directory: Path) -> SavedDisks:
+    """Copy the layers to new files in a directory of ours."""
+    return {
+        serial: tuple(
+            _save(layer, directory / f"{serial}.{number}") for number, layer in enumerate(layers)
+        )
+        for serial, layers in disks.layers.items()
+    }
+
+
+def find_disks(saved: SavedDisks, directory: Path) -> FrozenDisks:
+    """The layers as they lie in a template's directory, every byte checked.
+
+    Raises DisksDamaged where one is wrong, OSError where one can't be read. They can be used while
+    nobody removes the template.
+    """
+    return FrozenDisks(
+        layers={
+            serial: tuple(
+                _find(layer, directory / f"{serial}.{number}")
+                for number, layer in enumerate(layers)
+            )
+            for serial, layers in saved.items()
+        }
+    )
+
+
+def parse_saved_disks(form: object) -> SavedDisks:
+    """What a manifest says of disks; DisksDamaged where it can't."""
+    if not isinstance(form, dict):
+        raise DisksDamaged(f"{form!r} says nothing of disks")
+    # A serial is the name of a file here.
+    if wrong := [serial for serial in form if "/" in serial]:
+        raise DisksDamaged(f"{wrong[0]!r} is no disk's serial")
+    return {serial: tuple(map(_parse, layers)) for serial, layers in form.items()}
+
+
+def _parse(form: object) -> SavedLayer:
+    match form:
+        case {"format": "raw" | "qcow2" as format_, "bytes": int(size), "sha256": str(digest)}:
+            return SavedLayer(format=format_, bytes=size, sha256=digest)
+    raise DisksDamaged(f"{form!r} is no layer of a disk")
+
+
+def _save(layer: Layer, path: Path) -> SavedLayer:
+    source = OwnedFd(os.open(str(layer.file), os.O_RDONLY | os.O_CLOEXEC))
+    with source, new_file(path) as copy:
+        size = os.fstat(source).st_size
+        os.ftruncate(copy, size)
+        digest = copy_sparse(source, copy)
+        os.fchmod(copy, READ_ONLY)
+    return SavedLayer(format=layer.format, bytes=size, sha256=digest)
+
+
+def _find(saved: SavedLayer, path: Path) -> Layer:
+    with OwnedFd(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)) as file:
+        if (os.fstat(file).st_size, hash_sparse(file)) != (saved.bytes, saved.sha256):
+            raise DisksDamaged(f"{path}: it is not what the manifest says")
+    return Layer(file=path, format=DiskFormat(saved.format))
