@@ -20,6 +20,9 @@ MARKERS = (
 LIFECYCLE = "vm_lifecycle"
 BOTH = ("booted", "restored")
 
+_OF_ONE_TEST = frozenset({"vm", "async_vm", "vm_factory", "async_vm_factory"})
+_SHARED = frozenset({"vm_module", "vm_session"})
+
 EXPECTATIONS = ("panic", "oops", "shutdown")
 
 
@@ -31,6 +34,8 @@ def check_markers(item: pytest.Item) -> None:
     for name, check in _CHECKS.items():
         for marker in item.iter_markers(name):
             check(marker)
+    if lifecycles_of(item):
+        _check_both(item)
 
 
 def spec_of(node: pytest.Item | pytest.Collector, base: MachineSpec) -> MachineSpec:
@@ -82,6 +87,22 @@ def _check_vm(marker: pytest.Mark) -> None:
             "for instance @pytest.mark.vm(memory_mib=256)",
         )
     MachineSpec().changed(_of_one_run(marker.kwargs))
+
+
+def _check_both(item: pytest.Item) -> None:
+    from pytest_vmsandbox.errors import RequestInvalid
+
+    if LIFECYCLE not in getattr(getattr(item, "callspec", None), "params", ()):
+        raise RequestInvalid(
+            'lifecycle="both": pytest makes no two tests of a unittest.TestCase\'s method',
+            "it does of a class that is none",
+        )
+    asked = frozenset(getattr(item, "fixturenames", ()))
+    if asked & _SHARED and not asked & _OF_ONE_TEST:
+        raise RequestInvalid(
+            f'lifecycle="both": {", ".join(sorted(asked & _SHARED))} is one machine for many tests',
+            "vm and vm_factory make one for each",
+        )
 
 
 def _required(marker: pytest.Mark) -> list[Capability]:

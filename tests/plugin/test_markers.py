@@ -39,6 +39,23 @@ def test_a_wrong_mark_is_an_error_at_collection(run_pytest: Run, mark: str, mess
     assert "it must not run" not in result.stdout.str()
 
 
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("def test_it(vm_module): pass", "*vm_module is one machine for many tests*"),
+        ("class TestIt(TestCase):\n    def test_it(self): pass", "*no two tests of a unittest*"),
+    ],
+)
+def test_both_is_an_error_where_a_test_would_not_run_in_both(
+    run_pytest: Run, source: str, message: str
+) -> None:
+    head = "import pytest\nfrom unittest import TestCase\n"
+    result = run_pytest(f"{head}pytestmark = pytest.mark.vm(lifecycle='both')\n{source}\n")
+
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines([message])
+
+
 def test_a_wrong_mark_on_a_class_or_a_module_is_found_too(run_pytest: Run) -> None:
     on_class = run_pytest("""
         import pytest
