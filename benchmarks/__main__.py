@@ -20,6 +20,7 @@ from benchmarks.files import measure_files
 from benchmarks.freezing import measure_freezing
 from benchmarks.image import measure_image
 from benchmarks.import_cost import measure_import
+from benchmarks.layer import measure_layer
 from benchmarks.measurement import Measurement
 from benchmarks.memory import measure_memory
 from benchmarks.probes import measure_probes
@@ -35,6 +36,7 @@ BENCHMARKS: Final[dict[str, Callable[[Setting], Sequence[Measurement]]]] = {
     "throughput": measure_throughput,
     "memory": measure_memory,
     "freezing": measure_freezing,
+    "layer": measure_layer,
     "boot": measure_boot,
     "command": measure_command,
     "image": measure_image,
