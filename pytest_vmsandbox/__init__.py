@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pytest_vmsandbox.host.facts import Capability, HostFacts
     from pytest_vmsandbox.machine.async_machine import AsyncMachine
     from pytest_vmsandbox.machine.command import Completed
+    from pytest_vmsandbox.machine.copies import Snapshot
     from pytest_vmsandbox.machine.disk import Disk
     from pytest_vmsandbox.machine.jail import Jail
     from pytest_vmsandbox.machine.layer import Template
@@ -54,6 +55,7 @@ _HOMES = {
     "host.facts": ("Capability", "HostFacts"),
     "machine.async_machine": ("AsyncMachine",),
     "machine.command": ("Completed",),
+    "machine.copies": ("Snapshot",),
     "machine.disk": ("Disk",),
     "machine.jail": ("Jail",),
     "machine.layer": ("Template",),
@@ -81,6 +83,7 @@ __all__ = [
     "MachineFailed",
     "OutcomeUnknown",
     "RequestInvalid",
+    "Snapshot",
     "SocketAuthError",
     "TeardownRefused",
     "Template",

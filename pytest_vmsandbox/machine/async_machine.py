@@ -72,6 +72,11 @@ class AsyncMachine(Face):
         started = await self._caller.bridge(self._controller.popen(command, **options))
         return AsyncProcess(started, self._caller, encoding=encoding)
 
+    async def fork(self, count: int, *, timeout: float | None = None) -> list[AsyncMachine]:
+        """See `MachineController.fork`: `count` machines like this one as it is now."""
+        twins = await self._caller.bridge(self._controller.fork(count, timeout=timeout))
+        return [AsyncMachine(twin, self._engine) for twin in twins]
+
     @property
     def console(self) -> AsyncMachineConsole:
         """Its serial console."""
@@ -83,6 +88,8 @@ class AsyncMachine(Face):
     reboot = awaitable(MachineController.reboot)
     pause = awaitable(MachineController.pause)
     resume = awaitable(MachineController.resume)
+    snapshot = awaitable(MachineController.snapshot)
+    restore = awaitable(MachineController.restore)
     wait_until = awaitable(MachineController.wait_until)
     wait_for_port = awaitable(MachineController.wait_for_port)
     push = awaitable(MachineController.push)

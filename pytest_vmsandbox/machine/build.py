@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
 
 from pytest_vmsandbox.machine.disk_plan import DiskPlan
 from pytest_vmsandbox.machine.frozen import Frozen
 from pytest_vmsandbox.vmm.launch import Launcher
 from pytest_vmsandbox.vmm.qemu import QemuConfig
+
+if TYPE_CHECKING:
+    from pytest_vmsandbox.machine.controller import MachineController
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +33,22 @@ class MachineFacts:
     restore_id: str
 
 
+class Nursery(Protocol):
+    """Where a machine's twins come to be, and what becomes of them."""
+
+    async def twins(self, build: Build, frozen: Frozen, *, count: int) -> list[MachineController]:
+        """Machines of that build but for their names, not powered on yet.
+
+        Whoever holds the machine holds them from here on, and ends them with it.
+        """
+
+    async def boot(self, machines: Sequence[MachineController]) -> None:
+        """Power them on; when one fails, the others are given up."""
+
+    async def end(self, machines: Sequence[MachineController]) -> None:
+        """End them for good."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Build:
     """All that a machine is made of, decided before it is started."""
@@ -42,6 +62,7 @@ class Build:
     time_scale: float
     disks: Sequence[DiskPlan] = ()
     frozen: Frozen | None = None
+    nursery: Nursery | None = None
 
     def restored_from(self, frozen: Frozen) -> Build:
         """The same machine, but restored: memory and disks begin as they were frozen."""

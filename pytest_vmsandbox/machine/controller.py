@@ -11,14 +11,14 @@ from pathlib import Path
 
 from pytest_vmsandbox.machine.build import Build
 from pytest_vmsandbox.machine.commands import CONDITION_S, Commands
+from pytest_vmsandbox.machine.copies import Copies
 from pytest_vmsandbox.machine.files import Files
-from pytest_vmsandbox.machine.power import Power
 
 # Where the VMM leaves a picture of its display, in its own directory; the next one replaces it.
 PICTURE = "screenshot.png"
 
 
-class MachineController(Power, Commands, Files):
+class MachineController(Copies, Commands, Files):
     """One machine, from its first power on to its end."""
 
     def __init__(self, build: Build) -> None:

@@ -39,6 +39,20 @@ class FrozenDisks:
             replace(plan, frozen=self.layers.get(plan.serial, plan.frozen)) for plan in plans
         )
 
+    def copy(self) -> FrozenDisks:
+        """The same files under names of their own, which go on their own."""
+        if self.directory is None:
+            return self
+        directory = new_directory(beside=self.directory)
+        try:
+            layers = {
+                serial: _linked(serial, layers, directory) for serial, layers in self.layers.items()
+            }
+        except BaseException:
+            _remove(directory)
+            raise
+        return FrozenDisks(layers=layers, directory=directory)
+
     def close(self) -> None:
         """Remove their files."""
         if self.directory is not None:
@@ -122,9 +136,12 @@ def _open(plan: DiskPlan, directory: Path, undo: ExitStack) -> DiskStack:
 
 def _adopt(plan: DiskPlan, directory: Path) -> tuple[Layer, ...]:
     """The frozen layers of a disk by names of our own, so that they last as long as we do."""
+    return _linked(plan.serial, plan.frozen, directory)
+
+
+def _linked(serial: str, layers: Sequence[Layer], directory: Path) -> tuple[Layer, ...]:
     return tuple(
-        _named(layer, directory / f"{plan.serial}.{number}")
-        for number, layer in enumerate(plan.frozen)
+        _named(layer, directory / f"{serial}.{number}") for number, layer in enumerate(layers)
     )
 
 

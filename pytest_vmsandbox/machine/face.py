@@ -46,6 +46,7 @@ class Face:
 
     def __init__(self, controller: MachineController, engine: Engine) -> None:
         self._controller = controller
+        self._engine = engine
         self._caller = Caller(controller, engine)
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pytest_vmsandbox.linux import OwnedFd
 from pytest_vmsandbox.machine.disks import NO_DISKS, FrozenDisks
@@ -14,7 +14,8 @@ from pytest_vmsandbox.machine.memory import GuestMemory
 class Frozen:
     """Memory, disks, the state of the devices, and the nonce of the boot that was frozen.
 
-    `console` is what its guest had printed, which whoever is restored from it has printed too. Its
+    `console` is what its guest had printed, which whoever is restored from it has printed too. One
+    that `stands_still` was captured by stopping its guest, which has to be told to go on. Its
     holder closes it; machines that were restored keep what they have of it.
     """
 
@@ -23,6 +24,21 @@ class Frozen:
     state: OwnedFd
     console: bytes = b""
     disks: FrozenDisks = NO_DISKS
+    stands_still: bool = False
+
+    def copy(self) -> Frozen:
+        """The same once more, to be closed on its own."""
+        memory = GuestMemory(os.dup(self.memory))
+        try:
+            state = OwnedFd(os.dup(self.state))
+            try:
+                return replace(self, memory=memory, state=state, disks=self.disks.copy())
+            except BaseException:
+                state.close()
+                raise
+        except BaseException:
+            memory.close()
+            raise
 
     def open_state(self) -> OwnedFd:
         """The state from its beginning: whoever reads it moves no one else's place in it."""

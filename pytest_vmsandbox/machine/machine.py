@@ -70,6 +70,11 @@ class Machine(Face):
         started = self._caller.run(self._controller.popen(command, **options))
         return Process(started, self._caller, encoding=encoding)
 
+    def fork(self, count: int, *, timeout: float | None = None) -> list[Machine]:
+        """See `MachineController.fork`: `count` machines like this one as it is now."""
+        twins = self._caller.run(self._controller.fork(count, timeout=timeout))
+        return [Machine(twin, self._engine) for twin in twins]
+
     @property
     def console(self) -> MachineConsole:
         """Its serial console."""
@@ -81,6 +86,8 @@ class Machine(Face):
     reboot = blocking(MachineController.reboot)
     pause = blocking(MachineController.pause)
     resume = blocking(MachineController.resume)
+    snapshot = blocking(MachineController.snapshot)
+    restore = blocking(MachineController.restore)
     wait_until = blocking(MachineController.wait_until)
     wait_for_port = blocking(MachineController.wait_for_port)
     push = blocking(MachineController.push)

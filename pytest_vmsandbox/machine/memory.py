@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+from collections.abc import Sequence
 
 from pytest_vmsandbox.linux import OwnedFd
 
@@ -59,6 +60,13 @@ def copy_memory(memory: GuestMemory, name: str) -> GuestMemory:
         copy.close()
         raise
     return copy
+
+
+def write_pages(memory: GuestMemory, offset: int, pieces: Sequence[memoryview]) -> None:
+    """Write pieces that follow each other, all of them; at most 1024 (IOV_MAX)."""
+    written = os.pwritev(memory, pieces, offset)
+    if written < sum(map(len, pieces)):
+        write_at(memory, b"".join(pieces)[written:], offset + written)
 
 
 def write_at(target: int, part: bytes, offset: int) -> None:

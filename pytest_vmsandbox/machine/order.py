@@ -18,7 +18,8 @@ class PowerOn:
 
     A boot of it may take `boot_s` seconds, and `stall_s` without a word on the console; a guest
     that is waited for may be silent for `silence_s`. With `frozen` it is restored, not booted; its
-    `nonce` is then that of the boot that was frozen.
+    `nonce` is then that of the boot that was frozen. It gets a machine-id and a host name of its
+    own, unless it `is_itself`: the very machine that was captured.
     """
 
     id: str
@@ -30,6 +31,7 @@ class PowerOn:
     stall_s: float
     silence_s: float
     frozen: Frozen | None = None
+    is_itself: bool = False
 
     @property
     def command(self) -> list[str]:

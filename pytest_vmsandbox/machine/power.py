@@ -15,6 +15,8 @@ from pytest_vmsandbox.jail.off_loop import run_off_loop
 from pytest_vmsandbox.lease.teardown import tear_down
 from pytest_vmsandbox.machine.build import Build
 from pytest_vmsandbox.machine.core import MachineCore
+from pytest_vmsandbox.machine.disks import Disks
+from pytest_vmsandbox.machine.frozen import Frozen
 from pytest_vmsandbox.machine.order import PowerOn
 from pytest_vmsandbox.machine.running import BootStalled, Running, open_running
 from pytest_vmsandbox.vmm.launch import Memory
@@ -37,6 +39,9 @@ class Power(MachineCore):
         self._power = AsyncExitStack()
         self._boot: asyncio.Task[Any] | None = None
         self._to_restore = build.frozen
+        self._is_itself = False
+        # It is taken in, gone back, paused or resumed by one at a time.
+        self._changing = asyncio.Lock()
 
     async def power_on(self, *, timeout: float | None = None) -> None:
         """Start it with its disks as they are; returns once its agent answers.
@@ -93,13 +98,15 @@ class Power(MachineCore):
 
     async def pause(self) -> None:
         """Stop the guest's processors where they are."""
-        await self.qmp("stop")
-        self._on().channel.heartbeat.suspend()
+        async with self._changing:
+            await self.qmp("stop")
+            self._on().channel.heartbeat.suspend()
 
     async def resume(self) -> None:
         """Let the guest's processors go on."""
-        await self.qmp("cont")
-        self._on().channel.heartbeat.resume()
+        async with self._changing:
+            await self.qmp("cont")
+            self._on().channel.heartbeat.resume()
 
     async def close(self) -> None:
         """End it for good: neither process nor file of it is left. Safe to repeat."""
@@ -113,6 +120,20 @@ class Power(MachineCore):
             # of the run, which has sudo, and tells of what it can't remove.
             with suppress(TeardownRefused):
                 await asyncio.to_thread(tear_down, self.build.config.directory)
+
+    async def _power_on_from(self, frozen: Frozen, *, timeout: float | None) -> None:
+        """Power it on as itself of another time; it boots again as ever when that fails."""
+        if self.build.disks:
+            plans = frozen.disks.under(self.build.disks)
+            disks = Disks(plans, directory=self.build.config.directory)
+            await run_off_loop(disks.open)
+            await run_off_loop(self.disks.close)
+            self.disks = disks
+        self._to_restore, self._is_itself = frozen, True
+        try:
+            await self.power_on(timeout=timeout)
+        finally:
+            self._to_restore, self._is_itself = None, False
 
     async def _boot_patiently(self, deadline: Deadline) -> None:
         """Boot it, and once more if the first boot hangs."""
@@ -134,7 +155,8 @@ class Power(MachineCore):
         if frozen is not None:
             memory = Memory(frozen.memory)
             config = replace(config, memory=memory, restored=True)
-            self.console.recall(frozen.console)
+            if not self._is_itself:  # its own console has all of it
+                self.console.recall(frozen.console)
         order = PowerOn(
             id=self.id,
             config=config,
@@ -145,6 +167,7 @@ class Power(MachineCore):
             stall_s=STALL_S * scale,
             silence_s=SILENCE_S * scale,
             frozen=frozen,
+            is_itself=self._is_itself,
         )
         self.failure_was_told = False
         self._running = await self._power.enter_async_context(

@@ -86,6 +86,7 @@ class Running:
         self._failed = asyncio.Event()
         self._reset = asyncio.Event()
         self._answering = asyncio.Event()
+        self._loaded = asyncio.Event()
         self._runs = asyncio.Event()
         self.ended = asyncio.Event()
         console.on_trouble = self.trouble
@@ -118,6 +119,11 @@ class Running:
     def vmm_version(self) -> str:
         """QEMU's version; empty until it has greeted."""
         return self._qmp.version if self._qmp else ""
+
+    @property
+    def printed(self) -> bytes:
+        """What the guest has printed on its console, as far as it is held."""
+        return self._console.held
 
     # What others wait for
 
@@ -215,6 +221,8 @@ class Running:
             case "STOP":
                 self._status = "paused"
                 self._spawn(self._look_why_stopped())
+            case "MIGRATION" if event.data.get("status") == "completed":
+                self._loaded.set()
             case "RESUME":
                 self._status = "running"
                 self._runs.set()
@@ -261,6 +269,9 @@ class Running:
         with frozen.open_state() as state:
             await self.qmp.send_file("state", state, deadline=deadline)
         await self.qmp.execute("migrate-incoming", {"uri": "fd:state"}, deadline=deadline)
+        if frozen.stands_still:
+            await self._within(self._loaded, deadline, "the state of the devices being loaded")
+            await self.qmp.execute("cont", deadline=deadline)
         await self._within(self._runs, deadline, "the restored guest to run")
         order = self.order
         self._channel = await self.unless_it_fails(
@@ -270,6 +281,7 @@ class Running:
                 nonce=order.nonce,
                 identity=self._new_identity(),
                 keep_processes=True,
+                used_before=frozen.stands_still,
                 deadline=deadline,
                 silence_s=order.silence_s,
             )
@@ -279,17 +291,23 @@ class Running:
 
     def _new_identity(self) -> Identity:
         """What two machines out of one template must not share; docs/templates.md."""
+        order = self.order
         return Identity(
-            restore_id=self.order.id,
-            hostname=self.order.config.name,
-            machine_id=secrets.token_hex(16),
+            restore_id=f"{order.id}-{secrets.token_hex(8)}" if order.is_itself else order.id,
+            hostname="" if order.is_itself else order.config.name,
+            machine_id="" if order.is_itself else secrets.token_hex(16),
             unix_ns=time.time_ns(),
             entropy=os.urandom(SEED_BYTES),
         )
 
     async def keep_memory_out(self, *, deadline: Deadline) -> None:
-        """Tell QEMU that RAM is no part of a migration: it lies in a file of its own."""
-        capabilities = [{"capability": "x-ignore-shared", "state": True}]
+        """Tell QEMU that RAM is no part of a migration where it lies in a shared file.
+
+        Both sides of a migration have to be told; and to say when one has ended.
+        """
+        capabilities = [
+            {"capability": name, "state": True} for name in ("x-ignore-shared", "events")
+        ]
         await self.qmp.execute(
             "migrate-set-capabilities", {"capabilities": capabilities}, deadline=deadline
         )

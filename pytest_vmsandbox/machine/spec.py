@@ -15,6 +15,7 @@ from pytest_vmsandbox.machine.layer import Template
 # The least that the default image's kernel boots in, tried.
 MEMORY_MIB = range(80, 1024 * 1024)
 CPUS = range(1, 256)
+NAME_LENGTH = range(1, 33)
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")
 
 

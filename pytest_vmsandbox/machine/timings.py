@@ -19,6 +19,8 @@ class Timings:
     asked for to nothing being left. A machine has a `boot_s`, a `restore_s`, or both if it was
     restored and powered on again later. `boot_attempts` counts above one when a boot hung and was
     tried again. With `from_pool` it was started ahead: no test waited for what was until then.
+    `capture_s` is how long its latest snapshot or fork took to take it in, about as long as its
+    guest stood still; it is no part of the total.
     """
 
     spawn_s: float | None = None
@@ -26,6 +28,7 @@ class Timings:
     load_s: float | None = None
     restore_s: float | None = None
     first_command_s: float | None = None
+    capture_s: float | None = None
     teardown_s: float | None = None
     boot_attempts: int = 0
     from_pool: bool = False

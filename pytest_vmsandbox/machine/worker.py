@@ -10,7 +10,7 @@ import os
 import platform
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import count
 from pathlib import Path
@@ -39,6 +39,7 @@ from pytest_vmsandbox.machine.disk_plan import plan_disks
 from pytest_vmsandbox.machine.engine import Engine
 from pytest_vmsandbox.machine.layer import Template
 from pytest_vmsandbox.machine.lifecycles import Lifecycles
+from pytest_vmsandbox.machine.nursery import Hold, WorkerNursery
 from pytest_vmsandbox.machine.recorded import RecordedLauncher
 from pytest_vmsandbox.machine.spec import MachineSpec
 from pytest_vmsandbox.machine.template_cache import TemplateCache
@@ -69,6 +70,15 @@ class WorkerSettings:
     required: frozenset[str] = frozenset()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """What one machine has and no other: its id on this host, its name, its directory."""
+
+    id: str
+    name: str
+    directory: Path
+
+
 class Worker:
     """Makes machines. Everything is acquired on first need and given back by `close`."""
 
@@ -78,6 +88,7 @@ class Worker:
         self._progress = progress or SilentProgress()
         self._acquired = ExitStack()
         self._numbers = count(1)
+        self.names: set[str] = set()
         self._images: dict[str, Image] = {}
         self._preparing = asyncio.Lock()
         # More boots at once than processors only make each of them slower.
@@ -119,12 +130,32 @@ class Worker:
         """What went wrong and was made good, for the summary."""
         return (*self._wardens.lost, *self._lifecycles.incidents)
 
-    async def make(self, specs: Sequence[MachineSpec]) -> list[MachineController]:
+    async def make(
+        self, specs: Sequence[MachineSpec], *, hold: Hold = lambda _: None
+    ) -> list[MachineController]:
         """Machines of these shapes, not powered on yet.
 
+        `hold` is told of each, and later of their twins, before it is powered on.
         Raises HostUnfit where this host can't have one, RequestInvalid for what can't be.
         """
-        return [await self._make(spec) for spec in specs]
+        nursery = WorkerNursery(self, hold)
+        made = []
+        for spec in specs:
+            machine = MachineController(replace(await self._build(spec), nursery=nursery))
+            hold(machine)
+            made.append(machine)
+        return made
+
+    async def place(self, name: str | None = None) -> Place:
+        """Where one more machine may be, called `name` or by its number."""
+        directory, number = await self._entered(), next(self._numbers)
+        name = name or f"vm{number}"
+        self.names.add(name)
+        return Place(
+            id=f"{directory.id}-{self.settings.id}-m{number}",
+            name=name,
+            directory=directory.machine_directory(f"m{number}"),
+        )
 
     @property
     def progress(self) -> Progress:
@@ -182,20 +213,20 @@ class Worker:
         async with self._booting:
             await machine.power_on()
 
-    async def _make(self, spec: MachineSpec) -> MachineController:
+    async def _build(self, spec: MachineSpec) -> Build:
         if spec.template is not None:
-            return await self._make_of(self._prepared(spec.template), spec)
+            return await self._build_of(self._prepared(spec.template), spec)
         build = await self.plan(spec)
         if spec.lifecycle == "restored":
             demanded = "lifecycle" in spec.demanded
             build = await self._lifecycles.restored(build, demanded=demanded)
-        return MachineController(build)
+        return build
 
-    async def _make_of(self, template: Template, spec: MachineSpec) -> MachineController:
+    async def _build_of(self, template: Template, spec: MachineSpec) -> Build:
         if spec.lifecycle == "booted" and "lifecycle" in spec.demanded:
             raise RequestInvalid(f"a machine out of {template!r} can't be lifecycle='booted'")
         build = await self.plan(spec.shaped_like(template.spec))
-        return MachineController(await self.templates.restored(build, template))
+        return await self.templates.restored(build, template)
 
     def _prepared(self, template: Template | str) -> Template:
         if isinstance(template, Template):
@@ -225,12 +256,11 @@ class Worker:
             accel = _accel_behind_walls(
                 accel, await self._warden(tier), may_be_emulated=may_be_emulated
             )
-        number = next(self._numbers)
-        directory = (await self._entered()).machine_directory(f"m{number}")
+        place = await self.place(spec.name)
         config = QemuConfig(
             program=facts.qemu.path,
-            name=spec.name or f"vm{number}",
-            directory=directory,
+            name=place.name,
+            directory=place.directory,
             kernel=image.kernel,
             initramfs=image.initramfs,
             command_line=image.command_line,
@@ -242,7 +272,7 @@ class Worker:
             read_only_disks={MODULES_SERIAL: image.modules} if image.modules else {},
         )
         return Build(
-            id=f"{self.directory.id}-{self.settings.id}-m{number}",
+            id=place.id,
             config=config,
             launcher=await self._launcher(tier),
             tier=tier,

@@ -192,15 +192,16 @@ class _Machines:
         self.engine = self._worker.engine
 
     async def start(self, specs: Sequence[MachineSpec]) -> list[MachineController]:
-        # Known before they are started, on the engine's thread: neither a boot that fails nor
-        # an interrupted test loses sight of a machine.
-        made = await self._worker.make(specs)
-        for machine in made:
-            held = Held(machine=machine, fixture=self._fixture)
-            self._held.append(held)
-            hold(self._node, held)
+        made = await self._worker.make(specs, hold=self._hold)
         await self._worker.boot(made)
         return made
+
+    def _hold(self, machine: MachineController) -> None:
+        # Before it is started, on the engine's thread: neither a boot that fails nor an
+        # interrupted test loses sight of a machine, or of a machine's twin.
+        held = Held(machine=machine, fixture=self._fixture)
+        self._held.append(held)
+        hold(self._node, held)
 
     def __enter__(self) -> Self:
         return self

@@ -116,11 +116,7 @@ def _render_base(config: QemuConfig) -> Iterator[str]:
     yield from ("-accel", _accel(config))
     yield from ("-cpu", _cpu(config))
     yield from ("-m", f"{config.memory_mib}M", "-smp", str(config.cpus))
-    if config.memory is not None:
-        share = "on" if config.freezable else "off"
-        path = _escape(str(config.memory))
-        memory = f"id={RAM},size={config.memory_mib}M,mem-path={path},share={share}"
-        yield from ("-object", f"memory-backend-file,{memory}")
+    yield from ("-object", _memory(config))
     if config.seccomp:
         yield from (
             "-sandbox",
@@ -170,11 +166,20 @@ def _cpu(config: QemuConfig) -> str:
 
 
 def _machine(config: QemuConfig) -> str:
-    memory = "" if config.memory is None else f",memory-backend={RAM}"
+    memory = f"memory-backend={RAM}"
     if config.machine_type is MachineType.Q35:
-        return f"q35,usb=off,smbus=off,sata=off,smm=off,vmport=off,hpet=off,graphics=off{memory}"
+        return f"q35,usb=off,smbus=off,sata=off,smm=off,vmport=off,hpet=off,graphics=off,{memory}"
     clocks = "" if config.accel == "kvm" else ",pit=on,pic=on"
-    return f"microvm,rtc=on,auto-kernel-cmdline=on{clocks}{memory}"
+    return f"microvm,rtc=on,auto-kernel-cmdline=on{clocks},{memory}"
+
+
+def _memory(config: QemuConfig) -> str:
+    """Where the guest's RAM lies; it has the same name wherever that is, so that it can move."""
+    common = f"id={RAM},size={config.memory_mib}M"
+    if config.memory is None:
+        return f"memory-backend-ram,{common}"
+    share = "on" if config.freezable else "off"
+    return f"memory-backend-file,{common},mem-path={_escape(str(config.memory))},share={share}"
 
 
 def _accel(config: QemuConfig) -> str:

@@ -1,0 +1,175 @@
+"""Capturing: a running machine as it is at one instant, frozen, while it goes on.
+
+QEMU sends all of itself down a pipe, as if to another host; memory goes to a file of its own, the
+state of the devices stays a stream (vmm/migration_stream.py). Other machines are then restored
+from both as from a template. The guest stands still meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from functools import partial
+
+from pytest_vmsandbox.deadline import Deadline
+from pytest_vmsandbox.errors import RequestInvalid, TimedOut, VmSandboxError
+from pytest_vmsandbox.linux import OwnedFd
+from pytest_vmsandbox.machine.frozen import Frozen, state_of
+from pytest_vmsandbox.machine.memory import GuestMemory, new_memory, write_pages
+from pytest_vmsandbox.machine.running import Running
+from pytest_vmsandbox.vmm.migration_stream import StreamSplitter
+from pytest_vmsandbox.vmm.qemu import RAM
+
+_STREAM = "capture"
+# What anybody may have (pipe(7), /proc/sys/fs/pipe-max-size). A smaller one is only slower.
+_PIPE_BYTES = 1 << 20
+# No limit (bytes a second): migrations are slowed down for the sake of networks.
+_UNLIMITED = 1 << 50
+# What letting a guest go on may take when nobody waits for it any more.
+_GO_ON_S = 10.0
+_POLL_S = 0.002
+_RUNS, _STANDS = ("running",), ("paused", "postmigrate")
+
+
+async def capture(running: Running, *, deadline: Deadline) -> Frozen:
+    """The machine as it is now, which is the caller's; it goes on, or stays paused if it was.
+
+    RequestInvalid where something forbids it, StreamRefused where QEMU's own stream can't be read,
+    TimedOut at the deadline. Whatever is raised, the guest goes on as before, and nothing is left.
+    """
+    memory = new_memory("vmsandbox-fork", size=running.order.config.memory_mib << 20)
+    try:
+        async with asyncio.timeout(deadline.timeout_s):
+            work = _capture(running, memory, deadline=deadline)
+            state, console = await running.unless_it_fails(work)
+        memory.seal()
+        return Frozen(
+            nonce=running.order.nonce,
+            memory=memory,
+            state=state_of(state),
+            console=console,
+            stands_still=True,
+        )
+    except BaseException as error:
+        memory.close()
+        if isinstance(error, TimeoutError) and not isinstance(error, TimedOut):
+            raise deadline.timed_out(f"all of {running.order.config.name}'s memory") from None
+        raise
+
+
+async def _capture(
+    running: Running, memory: GuestMemory, *, deadline: Deadline
+) -> tuple[bytes, bytes]:
+    """The state of its devices, and what it had printed; its memory is in `memory` then."""
+    qmp = running.qmp
+    await running.keep_memory_out(deadline=deadline)
+    await qmp.execute("migrate-set-parameters", {"max-bandwidth": _UNLIMITED}, deadline=deadline)
+    splitter = StreamSplitter(block=RAM, size=memory.size, write=partial(write_pages, memory))
+    async with _standing_still(running, deadline=deadline):
+        # Closed before the guest goes on: QEMU may wait for a reader, and answers nobody then.
+        with _pipe() as (reading, writing):
+            await qmp.send_file(_STREAM, writing, deadline=deadline)
+            await qmp.execute("migrate", {"uri": f"fd:{_STREAM}"}, deadline=deadline)
+            writing.close()  # QEMU's is the last one: it ends the stream by closing it
+            await _read(reading, splitter)
+        await _require_completed(running, deadline=deadline)
+        console = running.printed
+        # Disks, once machines have some that they write to, are copied here: the guest stands
+        # still, and QEMU has written out all of them and let go of them.
+    return splitter.finish(), console
+
+
+@contextmanager
+def _pipe() -> Iterator[tuple[OwnedFd, OwnedFd]]:
+    """A pipe that is read without waiting, and written to by somebody who waits."""
+    reading, writing = map(OwnedFd, os.pipe2(os.O_CLOEXEC))
+    with reading, writing:
+        os.set_blocking(reading, False)
+        with suppress(OSError):
+            fcntl.fcntl(reading, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+        yield reading, writing
+
+
+async def _read(reading: OwnedFd, splitter: StreamSplitter) -> None:
+    """Feed the splitter until the stream ends."""
+    loop = asyncio.get_running_loop()
+    ended: asyncio.Future[None] = loop.create_future()
+
+    def read() -> None:
+        if ended.done():
+            return
+        try:
+            count = os.readv(reading, [splitter.room()])
+            if count:
+                splitter.filled(count)
+            else:
+                ended.set_result(None)
+        except BlockingIOError:
+            pass
+        except (OSError, VmSandboxError) as error:
+            ended.set_exception(error)
+
+    loop.add_reader(reading, read)
+    try:
+        await ended
+    finally:
+        loop.remove_reader(reading)
+
+
+@asynccontextmanager
+async def _standing_still(running: Running, *, deadline: Deadline) -> AsyncIterator[None]:
+    """The guest's processors stop for the block, and go on after it unless they stood before."""
+    was = await _status(running, deadline=deadline)
+    if was not in _RUNS + _STANDS:
+        raise RequestInvalid(
+            f"{running.order.config.name} is {was}: nothing can be made of it",
+            "a machine can be copied while it runs or is paused",
+        )
+    try:
+        if was in _RUNS:
+            running.channel.heartbeat.suspend()
+            await running.qmp.execute("stop", deadline=deadline)
+        yield
+    finally:
+        # Also for a caller who was cancelled: the guest must not stand for ever.
+        await asyncio.shield(asyncio.create_task(_go_on(running, runs=was in _RUNS)))
+
+
+async def _go_on(running: Running, *, runs: bool) -> None:
+    """Nothing of a migration is under way any more, and the guest runs if it did."""
+    deadline = Deadline.after(seconds=_GO_ON_S)
+    # A VMM that has died, or does not answer, is somebody else's to find out.
+    with suppress(VmSandboxError):
+        while await _migration(running, deadline=deadline) in ("setup", "active", "cancelling"):
+            await running.qmp.execute("migrate_cancel", deadline=deadline)
+            await asyncio.sleep(_POLL_S)
+        if runs:
+            await running.qmp.execute("cont", deadline=deadline)
+            running.channel.heartbeat.resume()
+
+
+async def _require_completed(running: Running, *, deadline: Deadline) -> None:
+    match await running.qmp.execute("query-migrate", deadline=deadline):
+        case {"status": "completed"}:
+            return
+        case {"error-desc": str(reason)}:
+            raise RequestInvalid(f"{running.order.config.name} can't be copied: {reason}")
+        case answer:
+            raise RequestInvalid(f"{running.order.config.name} can't be copied: {answer}")
+
+
+async def _migration(running: Running, *, deadline: Deadline) -> str:
+    match await running.qmp.execute("query-migrate", deadline=deadline):
+        case {"status": str(status)}:
+            return status
+    return "none"
+
+
+async def _status(running: Running, *, deadline: Deadline) -> str:
+    match await running.qmp.execute("query-status", deadline=deadline):
+        case {"status": str(status)}:
+            return status
+    return "unknown"
