@@ -11,12 +11,15 @@ import asyncio
 import fcntl
 import os
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 
 from pytest_vmsandbox.deadline import Deadline
 from pytest_vmsandbox.errors import RequestInvalid, TimedOut, VmSandboxError
+from pytest_vmsandbox.jail.off_loop import run_off_loop
 from pytest_vmsandbox.linux import OwnedFd
+from pytest_vmsandbox.machine.disks import NO_DISKS, Disks, FrozenDisks
 from pytest_vmsandbox.machine.frozen import Frozen, state_of
 from pytest_vmsandbox.machine.memory import GuestMemory, new_memory, write_pages
 from pytest_vmsandbox.machine.running import Running
@@ -31,43 +34,69 @@ _UNLIMITED = 1 << 50
 # What letting a guest go on may take when nobody waits for it any more.
 _GO_ON_S = 10.0
 _POLL_S = 0.002
-_RUNS, _STANDS = ("running",), ("paused", "postmigrate")
+_RUNS, _STANDS, _WAS_SENT = "running", "paused", "postmigrate"
 
 
-async def capture(running: Running, *, deadline: Deadline) -> Frozen:
+async def capture(running: Running, disks: Disks, *, deadline: Deadline) -> Frozen:
     """The machine as it is now, which is the caller's; it goes on, or stays paused if it was.
 
     RequestInvalid where something forbids it, StreamRefused where QEMU's own stream can't be read,
-    TimedOut at the deadline. Whatever is raised, the guest goes on as before, and nothing is left.
+    TimedOut at the deadline, OSError where the host has no room for its disks. Whatever is raised,
+    the guest goes on as before, and nothing is left.
     """
-    memory = new_memory("vmsandbox-fork", size=running.order.config.memory_mib << 20)
-    try:
-        async with asyncio.timeout(deadline.timeout_s):
-            work = _capture(running, memory, deadline=deadline)
-            state, console = await running.unless_it_fails(work)
+    with ExitStack() as undo:
+        memory = new_memory("vmsandbox-fork", size=running.order.config.memory_mib << 20)
+        undo.callback(memory.close)
+        try:
+            async with asyncio.timeout(deadline.timeout_s):
+                taken = await running.unless_it_fails(
+                    _capture(running, memory, disks, undo, deadline=deadline)
+                )
+        except TimeoutError as error:
+            if isinstance(error, TimedOut):
+                raise
+            raise deadline.timed_out(f"all of {running.order.config.name}'s memory") from None
         memory.seal()
-        return Frozen(
+        frozen = Frozen(
             nonce=running.order.nonce,
             memory=memory,
-            state=state_of(state),
-            console=console,
+            state=state_of(taken.state),
+            console=taken.console,
+            disks=taken.disks,
             stands_still=True,
         )
-    except BaseException as error:
-        memory.close()
-        if isinstance(error, TimeoutError) and not isinstance(error, TimedOut):
-            raise deadline.timed_out(f"all of {running.order.config.name}'s memory") from None
-        raise
+        undo.pop_all()
+        return frozen
+
+
+async def is_as_it_was_sent(running: Running, deadline: Deadline) -> bool:
+    """Whether it has not run since the last capture, which was of a paused machine."""
+    return await _status(running, deadline=deadline) == _WAS_SENT
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Taken:
+    """All of a machine but its memory: state of the devices, disks, what it had printed."""
+
+    state: bytes
+    disks: FrozenDisks
+    console: bytes
 
 
 async def _capture(
-    running: Running, memory: GuestMemory, *, deadline: Deadline
-) -> tuple[bytes, bytes]:
-    """The state of its devices, and what it had printed; its memory is in `memory` then."""
+    running: Running, memory: GuestMemory, disks: Disks, undo: ExitStack, *, deadline: Deadline
+) -> _Taken:
+    """Write its memory to `memory`, and give the rest; `undo` is told how to remove the disks."""
     qmp = running.qmp
     await running.keep_memory_out(deadline=deadline)
     await qmp.execute("migrate-set-parameters", {"max-bandwidth": _UNLIMITED}, deadline=deadline)
     splitter = StreamSplitter(block=RAM, size=memory.size, write=partial(write_pages, memory))
+
+    def freeze() -> FrozenDisks:
+        frozen = disks.freeze()
+        undo.callback(frozen.close)
+        return frozen
+
     async with _standing_still(running, deadline=deadline):
         # Closed before the guest goes on: QEMU may wait for a reader, and answers nobody then.
         with _pipe() as (reading, writing):
@@ -76,10 +105,13 @@ async def _capture(
             writing.close()  # QEMU's is the last one: it ends the stream by closing it
             await _read(reading, splitter)
         await _require_completed(running, deadline=deadline)
-        console = running.printed
-        # Disks, once machines have some that they write to, are copied here: the guest stands
-        # still, and QEMU has written out all of them and let go of them.
-    return splitter.finish(), console
+        # Disks are of the same instant: the guest stands still, and QEMU has written all that
+        # it had of them (it would leave them to another host now).
+        return _Taken(
+            state=splitter.finish(),
+            disks=await run_off_loop(freeze) if running.order.config.disks else NO_DISKS,
+            console=running.printed,
+        )
 
 
 @contextmanager
@@ -123,19 +155,19 @@ async def _read(reading: OwnedFd, splitter: StreamSplitter) -> None:
 async def _standing_still(running: Running, *, deadline: Deadline) -> AsyncIterator[None]:
     """The guest's processors stop for the block, and go on after it unless they stood before."""
     was = await _status(running, deadline=deadline)
-    if was not in _RUNS + _STANDS:
+    if was not in (_RUNS, _STANDS):
         raise RequestInvalid(
             f"{running.order.config.name} is {was}: nothing can be made of it",
             "a machine can be copied while it runs or is paused",
         )
     try:
-        if was in _RUNS:
+        if was == _RUNS:
             running.channel.heartbeat.suspend()
             await running.qmp.execute("stop", deadline=deadline)
         yield
     finally:
         # Also for a caller who was cancelled: the guest must not stand for ever.
-        await asyncio.shield(asyncio.create_task(_go_on(running, runs=was in _RUNS)))
+        await asyncio.shield(asyncio.create_task(_go_on(running, runs=was == _RUNS)))
 
 
 async def _go_on(running: Running, *, runs: bool) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Self
 from pytest_vmsandbox.deadline import Deadline
 from pytest_vmsandbox.errors import RequestInvalid
 from pytest_vmsandbox.machine.build import Build
-from pytest_vmsandbox.machine.capture import capture
+from pytest_vmsandbox.machine.capture import capture, is_as_it_was_sent
 from pytest_vmsandbox.machine.frozen import Frozen
 from pytest_vmsandbox.machine.power import BOOT_S, Power
 
@@ -67,6 +67,8 @@ class Copies(Power):
     def __init__(self, build: Build) -> None:
         super().__init__(build)
         self._snapshots: list[Snapshot] = []
+        # A paused machine does not change, and QEMU can send it only once.
+        self._as_paused: Frozen | None = None
 
     async def snapshot(self, *, timeout: float | None = None) -> Snapshot:
         """The machine as it is now, memory, processes and all: `restore` goes back to it.
@@ -127,6 +129,16 @@ class Copies(Power):
                 raise
         return twins
 
+    async def resume(self) -> None:
+        """See `Power`."""
+        await super().resume()
+        self._forget_pause()
+
+    async def power_cut(self) -> None:
+        """See `Power`."""
+        await super().power_cut()
+        self._forget_pause()
+
     async def close(self) -> None:
         """End it for good, and its snapshots with it. Safe to repeat."""
         for snapshot in self._snapshots:
@@ -140,5 +152,20 @@ class Copies(Power):
             async with self._changing:
                 if running is not self._running:
                     raise RequestInvalid(f"{self.name} was powered off meanwhile")
+                if self._as_paused is not None and await is_as_it_was_sent(running, deadline):
+                    return self._as_paused.copy()
+                self._forget_pause()
                 with self.timings.measuring("capture_s"):
-                    return await capture(running, self.disks, deadline=deadline)
+                    frozen = await capture(running, self.disks, deadline=deadline)
+                try:
+                    if await is_as_it_was_sent(running, deadline):
+                        self._as_paused = frozen.copy()
+                except BaseException:
+                    frozen.close()
+                    raise
+                return frozen
+
+    def _forget_pause(self) -> None:
+        if self._as_paused is not None:
+            self._as_paused.close()
+            self._as_paused = None

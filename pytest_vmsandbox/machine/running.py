@@ -210,7 +210,9 @@ class Running:
                 # One reset may be reported more than once: only the last greeting counts.
                 if self._greeting is not None:
                     self._greeting.cancel()
-                self._greeting = self._spawn(self._greet_again())
+                # While the first one is under way, it is repeated until it is heard.
+                if self._channel is not None:
+                    self._greeting = self._spawn(self._greet_again())
             case "SHUTDOWN":
                 self.guest_shut_down = bool(event.data.get("guest"))
                 self._shutdown_told.set()

@@ -61,15 +61,17 @@ def test_what_runs_goes_on_in_each_twin_and_in_the_original(vm: Machine) -> None
 
 def test_what_one_writes_no_other_sees(vm: Machine) -> None:
     vm.write_text("/run/shared", "before")
-    vm.run("head -c 8M /dev/zero | tr '\\0' x > /run/large", check=True)
+    vm.run("head -c 8000000 /dev/zero | tr '\\0' x > /run/large", check=True)
     twins = vm.fork(2)
     for machine in (vm, *twins):
         machine.write_text("/run/shared", machine.name)
-        machine.run(f"head -c 8M /dev/zero | tr '\\0' {machine.name[-1]} > /run/large", check=True)
+        machine.run(
+            f"head -c 8000000 /dev/zero | tr '\\0' {machine.name[-1]} > /run/large", check=True
+        )
 
     for machine in (vm, *twins):
         assert machine.read_text("/run/shared") == machine.name
-        assert set(machine.read_bytes("/run/large")) == {ord(machine.name[-1])}
+        assert machine.read_bytes("/run/large") == machine.name[-1].encode() * 8_000_000
 
 
 def test_a_twin_is_nobody_else(vm: Machine) -> None:
@@ -176,25 +178,26 @@ def test_output_that_floods_reaches_its_reader_whole(vm: Machine) -> None:
 
 
 async def test_input_that_is_being_written_arrives_whole(async_vm: AsyncMachine) -> None:
-    data = b"".join(b"%07d\n" % number for number in range(300_000))
+    data = b"".join(b"%07d\n" % number for number in range(1_500_000))
     sink = await async_vm.popen("cat > /run/sink; sha256sum < /run/sink", encoding=None)
     assert sink.stdin is not None
 
     async def write() -> None:
+        assert sink.stdin is not None
         await sink.stdin.write(data)
         await sink.stdin.close()
 
     writing = asyncio.create_task(write())
     await asyncio.sleep(0.1)
     twins = await async_vm.fork(2)
-    under_way = not writing.done()
     await writing
 
-    assert under_way, "the input was written before the fork: it shows nothing"
     assert await sink.wait() == 0
     assert await async_vm.read_bytes("/run/sink") == data
     for twin in twins:
-        assert data.startswith(await twin.read_bytes("/run/sink"))
+        came = await twin.read_bytes("/run/sink")
+        assert 0 < len(came) < len(data), "nothing was being written at the instant"
+        assert data.startswith(came)
 
 
 async def test_two_forks_at_once_take_their_turns(async_vm: AsyncMachine) -> None:
@@ -226,29 +229,3 @@ async def test_a_fork_that_is_given_up_leaves_the_original_running(
     assert open_descriptors() == before
     (twin,) = await async_vm.fork(1)
     assert (await twin.run("hostname")).stdout == f"{twin.name}\n"
-
-
-def test_twins_end_with_the_fixture_of_the_original(pytester: pytest.Pytester) -> None:
-    pytester.makepyfile(
-        """
-        pids = []
-
-        def test_forks(vm):
-            pids.extend(vm._controller.running.process.pid for vm in (vm, *vm.fork(2)))
-
-        def test_sees_none_of_them():
-            import pathlib
-            assert len(pids) == 3
-            assert not [pid for pid in pids if pathlib.Path(f"/proc/{pid}").exists()]
-
-        def test_is_told_of_a_twin_that_died(vm):
-            (twin,) = vm.fork(1)
-            twin.popen("echo c > /proc/sysrq-trigger")
-        """
-    )
-    result = pytester.runpytest_subprocess("-p", "no:cacheprovider", "--vm-keep=on-failure")
-
-    result.assert_outcomes(passed=2, failed=1)
-    result.stdout.fnmatch_lines(["*GuestPanicked*-fork-1*"])
-    kept = sorted(path.name for path in pytester.path.glob("*/*/*-fork-1-*"))
-    assert len(kept) == 1
