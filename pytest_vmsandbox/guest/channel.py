@@ -12,6 +12,7 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Interface, IPv6Address, IPv6Interface
 from pathlib import Path
 
@@ -171,7 +172,13 @@ class Channel:
         self._fail_outstanding(ChannelLost(self.name, "the channel was opened anew"))
         self._token, self._welcome = os.urandom(TOKEN_SIZE), None
         self._line.parser.hunt()
-        hello = encode_hello(self._token, keep_processes=keep_processes, identity=identity)
+        token, began = self._token, time.monotonic_ns()
+
+        def hello() -> bytes:
+            passed = time.monotonic_ns() - began  # the clock has gone on when it is repeated
+            now = replace(identity, unix_ns=identity.unix_ns and identity.unix_ns + passed)
+            return encode_hello(token, keep_processes=keep_processes, identity=now)
+
         pad_after_s = 0.0 if used_before else _PAD_AFTER_S
         answer = await self._introduce(hello, deadline=deadline, pad_after_s=pad_after_s)
         self._check_identity(answer, nonce=nonce)
@@ -180,9 +187,11 @@ class Channel:
             raise answer.refusal
         return answer
 
-    async def _introduce(self, hello: bytes, *, deadline: Deadline, pad_after_s: float) -> Hello:
+    async def _introduce(
+        self, hello: Callable[[], bytes], *, deadline: Deadline, pad_after_s: float
+    ) -> Hello:
         began, wait_s = time.monotonic(), _FIRST_RETRY_S
-        self._line.send(hello)
+        self._line.send(hello())
         while True:
             with suppress(TimeoutError):
                 async with asyncio.timeout(min(wait_s, deadline.left_s)):
@@ -192,7 +201,7 @@ class Channel:
             wait_s *= 2
             if self._line.waits_to_send == 0:
                 padded = time.monotonic() - began >= pad_after_s
-                self._line.send(_PADDING + hello if padded else hello)
+                self._line.send(_PADDING + hello() if padded else hello())
 
     async def _wait_welcome(self) -> Hello:
         while self._welcome is None:

@@ -215,10 +215,10 @@ async def test_a_fork_that_is_given_up_leaves_the_original_running(
 ) -> None:
     await async_vm.run(["true"])
     before = open_descriptors()
-    for delay_s in (0.0, 0.005, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2, 0.3):
+    for delay_s in (0.0, 0.005, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2):
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(delay_s):
-                await async_vm.fork(2)
+                await async_vm.fork(8)
         assert (await async_vm.run(["true"], timeout=10)).returncode == 0
         assert await async_vm.qmp("query-status") == {
             "running": True,
