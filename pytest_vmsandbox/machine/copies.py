@@ -130,12 +130,15 @@ class Copies(Power):
         return twins
 
     async def resume(self) -> None:
-        """See `Power`."""
+        """Let the guest's processors go on."""
         await super().resume()
         self._forget_pause()
 
     async def power_cut(self) -> None:
-        """See `Power`."""
+        """Switch it off at once, as if the mains had failed; disks keep what was written.
+
+        A boot that is under way is given up.
+        """
         await super().power_cut()
         self._forget_pause()
 

@@ -206,13 +206,7 @@ class Running:
             case "GUEST_PANICKED":
                 self.trouble(KernelTrouble.PANIC)
             case "RESET":
-                self._answering.clear()
-                # One reset may be reported more than once: only the last greeting counts.
-                if self._greeting is not None:
-                    self._greeting.cancel()
-                # While the first one is under way, it is repeated until it is heard.
-                if self._channel is not None:
-                    self._greeting = self._spawn(self._greet_again())
+                self._was_reset()
             case "SHUTDOWN":
                 self.guest_shut_down = bool(event.data.get("guest"))
                 self._shutdown_told.set()
@@ -228,6 +222,15 @@ class Running:
             case "RESUME":
                 self._status = "running"
                 self._runs.set()
+
+    def _was_reset(self) -> None:
+        self._answering.clear()
+        # One reset may be reported more than once: only the last greeting counts.
+        if self._greeting is not None:
+            self._greeting.cancel()
+        # While the first one is under way, it is repeated until it is heard.
+        if self._channel is not None:
+            self._greeting = self._spawn(self._greet_again())
 
     def evidence(self) -> Evidence:
         """What there is to look at now."""
