@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import secrets
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pytest_vmsandbox.guest.messages import Identity
 from pytest_vmsandbox.machine.frozen import Frozen
 from pytest_vmsandbox.vmm.launch import LaunchRequest, VmmView
 from pytest_vmsandbox.vmm.qemu import QemuConfig, render_command
 
 _LOG_TAIL_BYTES = 4000
+# What a restored guest's kernel gets to tell it from its twins (random(4) wants 32 at least).
+_SEED_BYTES = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +60,20 @@ class PowerOn:
             memory_mib=config.vmm_memory_mib,
             kvm=config.accel == "kvm",
             written_bytes=config.written_bytes,
+        )
+
+    def new_identity(self) -> Identity:
+        """What a restored machine shares with no other (docs/templates.md); made anew each time."""
+        entropy, now = os.urandom(_SEED_BYTES), time.time_ns()
+        if self.is_itself:
+            again = f"{self.id}-{secrets.token_hex(8)}"
+            return Identity(restore_id=again, unix_ns=now, entropy=entropy)
+        return Identity(
+            restore_id=self.id,
+            hostname=self.config.name,
+            machine_id=secrets.token_hex(16),
+            unix_ns=now,
+            entropy=entropy,
         )
 
     def read_log_tail(self) -> str:

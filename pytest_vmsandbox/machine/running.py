@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import secrets
 import shlex
 import socket
-import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any, TypeVar
@@ -49,9 +46,6 @@ REASON_S = 2.0
 SIGN_OF_LIFE_S = 1.0
 
 CONSOLE_TAIL_LINES = 50
-
-# What a restored guest's kernel gets to tell it from its twins (random(4) wants 32 at least).
-SEED_BYTES = 64
 
 
 class BootStalled(BootFailed):
@@ -284,7 +278,7 @@ class Running:
                 sock,
                 name=order.config.name,
                 nonce=order.nonce,
-                identity=self._new_identity(),
+                identity=order.new_identity(),
                 keep_processes=True,
                 used_before=frozen.stands_still,
                 deadline=deadline,
@@ -293,17 +287,6 @@ class Running:
         )
         self._channel.on_lost = self._channel_lost
         self._answering.set()
-
-    def _new_identity(self) -> Identity:
-        """What two machines out of one template must not share; docs/templates.md."""
-        order = self.order
-        return Identity(
-            restore_id=f"{order.id}-{secrets.token_hex(8)}" if order.is_itself else order.id,
-            hostname="" if order.is_itself else order.config.name,
-            machine_id="" if order.is_itself else secrets.token_hex(16),
-            unix_ns=time.time_ns(),
-            entropy=os.urandom(SEED_BYTES),
-        )
 
     async def keep_memory_out(self, *, deadline: Deadline) -> None:
         """Tell QEMU that RAM is no part of a migration where it lies in a shared file.
