@@ -146,7 +146,9 @@ def _where_to_look(code: str) -> str:
 
     if doctor_shows(code):
         return "vmsandbox doctor tells more"
-    page = "usage" if capability_of(code) is None else "hosts"
+    if capability_of(code) is not None:
+        return "docs/hosts.md explains it"
+    page = "images" if code.startswith("VMS-IMAGE-") else "usage"
     return f"docs/{page}.md explains it"
 
 

@@ -274,3 +274,26 @@ def test_an_image_of_the_users_own_is_a_fixture_to_override(run_pytest: Run) -> 
 
     result.assert_outcomes(errors=1)
     result.stdout.fnmatch_lines(["*RequestInvalid*/no/such/image*"])
+
+
+def test_the_summary_says_where_each_code_is_explained(run_pytest: Run) -> None:
+    result = run_pytest("""
+        import pytest
+
+        @pytest.mark.parametrize(
+            "code",
+            ["VMS-IMAGE-CACHE", "VMS-RUN-DIR-UNUSABLE", "VMS-WALLS-UNUSABLE", "VMS-TAP-DENIED"],
+        )
+        def test_it(code):
+            pytest.skip(f"{code}: as if")
+    """)
+
+    result.assert_outcomes(skipped=4)
+    result.stdout.fnmatch_lines_random(
+        [
+            "1 skipped: VMS-IMAGE-CACHE (docs/images.md explains it)",
+            "1 skipped: VMS-RUN-DIR-UNUSABLE (docs/usage.md explains it)",
+            "1 skipped: VMS-WALLS-UNUSABLE (docs/hosts.md explains it)",
+            "1 skipped: VMS-TAP-DENIED (vmsandbox doctor tells more)",
+        ]
+    )
