@@ -72,6 +72,11 @@ class MachineCore:
         return self._last.failure if self._last else None
 
     @property
+    def is_on(self) -> bool:
+        """Whether it is powered on."""
+        return self._running is not None
+
+    @property
     def running(self) -> Running:
         """What runs; RequestInvalid when it is powered off."""
         return self._on()

@@ -40,6 +40,7 @@ from pytest_vmsandbox.machine.engine import Engine
 from pytest_vmsandbox.machine.layer import Template
 from pytest_vmsandbox.machine.lifecycles import Lifecycles
 from pytest_vmsandbox.machine.nursery import Hold, WorkerNursery
+from pytest_vmsandbox.machine.pool import Pool
 from pytest_vmsandbox.machine.recorded import RecordedLauncher
 from pytest_vmsandbox.machine.spec import MachineSpec
 from pytest_vmsandbox.machine.template_cache import TemplateCache
@@ -57,7 +58,9 @@ class WorkerSettings:
     """What a worker is told; `id` is the xdist worker's name, at most 8 characters long.
 
     `required` are capabilities that no machine may do without, though it asked for `auto`: with
-    `jail` among them none runs in the tier bare, with `kvm` none is emulated.
+    `jail` among them none runs in the tier bare, with `kvm` none is emulated. Without `pool`
+    none is
+    started before it is asked for.
     """
 
     cache_dir: Path
@@ -68,6 +71,7 @@ class WorkerSettings:
     reprobe: bool = False
     machine_type: MachineType = MachineType.Q35
     required: frozenset[str] = frozenset()
+    pool: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +104,8 @@ class Worker:
         self.prepared: dict[str, Template] = {}
         self.templates = Templates(TemplateCache(settings.cache_dir), progress=self._progress)
         self._lifecycles = Lifecycles(self.templates)
+        self._pool = Pool(self._make)
+        self._made: list[MachineSpec] = []
 
     @property
     def facts(self) -> HostFacts:
@@ -133,18 +139,28 @@ class Worker:
     async def make(
         self, specs: Sequence[MachineSpec], *, hold: Hold = lambda _: None
     ) -> list[MachineController]:
-        """Machines of these shapes, not powered on yet.
+        """Machines of these shapes, not powered on yet but for one that was started ahead.
 
         `hold` is told of each, and later of their twins, before it is powered on.
         Raises HostUnfit where this host can't have one, RequestInvalid for what can't be.
         """
+        self._made.extend(spec for spec in specs if spec not in self._made)
         nursery = WorkerNursery(self, hold)
         made = []
         for spec in specs:
-            machine = MachineController(replace(await self._build(spec), nursery=nursery))
+            machine = await self._pool.take(spec) or await self._make(spec)
+            machine.build = replace(machine.build, nursery=nursery)
             hold(machine)
             made.append(machine)
         return made
+
+    async def foresee(self, spec: MachineSpec | None) -> None:
+        """Say which machine is likely to be wanted next, so that it may be started ahead.
+
+        Only one that is restored, and like another that was made before: it takes but a moment.
+        """
+        wanted = spec is not None and spec.lifecycle == "restored" and spec in self._made
+        await self._pool.foresee(spec if wanted and self.settings.pool else None)
 
     async def place(self, name: str | None = None) -> Place:
         """Where one more machine may be, called `name` or by its number."""
@@ -203,6 +219,7 @@ class Worker:
         """
         try:
             if self.engine.running:
+                self.engine.run(self._pool.close())
                 self.engine.run(self._wardens.close())  # which kills what still runs
         finally:
             self.engine.close()
@@ -210,8 +227,13 @@ class Worker:
             self._acquired.close()
 
     async def _boot(self, machine: MachineController) -> None:
+        if machine.is_on:
+            return
         async with self._booting:
             await machine.power_on()
+
+    async def _make(self, spec: MachineSpec) -> MachineController:
+        return MachineController(await self._build(spec))
 
     async def _build(self, spec: MachineSpec) -> Build:
         if spec.template is not None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self, overload
 
 import pytest
 
+from pytest_vmsandbox.plugin.foresight import LAST_IMAGE
 from pytest_vmsandbox.plugin.holding import Held, hold
 from pytest_vmsandbox.plugin.markers import spec_of
 from pytest_vmsandbox.plugin.session import SETTINGS, base_spec, worker_of
@@ -169,6 +170,7 @@ def specs_for(
 
 
 def _wanted(request: pytest.FixtureRequest, image: str) -> MachineSpec:
+    request.config.stash[LAST_IMAGE] = image
     return spec_of(request.node, base_spec(request.config, image))
 
 

@@ -15,6 +15,7 @@ from pytest_vmsandbox.errors import (
     visible,
 )
 from pytest_vmsandbox.plugin.expectations import guests_ending_as_expected
+from pytest_vmsandbox.plugin.foresight import foresee, remember_next
 from pytest_vmsandbox.plugin.holding import begin, forget_ended, machines_of
 from pytest_vmsandbox.plugin.markers import (
     LIFECYCLE,
@@ -107,9 +108,16 @@ def pytest_runtest_setup(item: pytest.Item) -> Generator[None, None, None]:
         return (yield)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Note which test comes next."""
+    remember_next(item, nextitem)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
-    """Hold what became of the guests against what the test expects."""
+    """Hold what became of the guests against what the test expects; foresee the next machine."""
+    foresee(item)
     with skipping_what_is_unfit(item), guests_ending_as_expected(item):
         return (yield)
 

@@ -118,6 +118,12 @@ OPTIONS = (
         help="restored (out of a template that was booted once) or booted (each time)",
     ),
     Option(
+        name="vm_pool",
+        parse=_one_of("on", "off"),
+        default="on",
+        help="on: while a test runs, the next one's machine is restored if a processor idles (on)",
+    ),
+    Option(
         name="vm_require",
         parse=_capabilities,
         default=frozenset(),
@@ -192,6 +198,7 @@ class Settings:
     accel: str
     tier: str
     lifecycle: str
+    pool: str
     require: frozenset[str]
     keep: str
     artifacts: Path

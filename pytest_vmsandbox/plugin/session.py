@@ -37,6 +37,7 @@ def worker_of(config: pytest.Config) -> Worker:
                 reprobe=settings.reprobe,
                 machine_type=MachineType(settings.machine),
                 required=settings.require,
+                pool=settings.pool == "on",
             ),
             progress=TerminalProgress(config),
         )
