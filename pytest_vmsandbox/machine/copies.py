@@ -76,7 +76,8 @@ class Copies(Power):
         The guest stands still meanwhile (tenths of a second where it has much memory in use), and
         goes on; one that is paused stays so. The snapshot ends with the machine, or by `close()`.
         Raises RequestInvalid when it is powered off, MachineFailed when it has failed, TimedOut
-        after `timeout` seconds (60); the machine goes on then as if nothing had been.
+        after `timeout` seconds (60), OSError where the host has no room; the machine goes on then
+        as if nothing had been.
         """
         snapshot = Snapshot(self.name, await self._captured(self._deadline(timeout, CAPTURE_S)))
         self._snapshots = [one for one in self._snapshots if not one.closed]
@@ -110,8 +111,9 @@ class Copies(Power):
         own, and a clock that shows the present; they share memory until they write to it, and end
         when this one does. All run, also where this one is paused; what `popen` had started here
         runs on in them, but nobody hears it. Raises RequestInvalid when it is powered off or
-        `count` is no number from 1, MachineFailed when it or one of them fails, TimedOut after
-        `timeout` seconds (60); there are no new machines then, and this one goes on.
+        `count` is no number from 1, MachineFailed when it or one of them fails, OSError where the
+        host has no room, TimedOut after `timeout` seconds (60); there are no new machines then, and
+        this one goes on.
         """
         if not isinstance(count, int) or isinstance(count, bool) or count < 1:
             raise RequestInvalid(f"fork({count!r}): a whole number from 1 is needed")

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
-from pytest_vmsandbox import AsyncMachine, Machine, RequestInvalid, TimedOut
+from pytest_vmsandbox import AsyncMachine, Disk, Machine, RequestInvalid, TimedOut
 
 # One number a line; the last line may still be being written.
 COUNTER = "i=0; while :; do i=$((i + 1)); echo $i; done > /run/count"
@@ -72,6 +72,29 @@ def test_what_one_writes_no_other_sees(vm: Machine) -> None:
     for machine in (vm, *twins):
         assert machine.read_text("/run/shared") == machine.name
         assert machine.read_bytes("/run/large") == machine.name[-1].encode() * 8_000_000
+
+
+@pytest.mark.vm(disks=[Disk(size="64M"), Disk(size="1M", serial="second")])
+def test_each_has_disks_of_its_own_that_begin_as_they_were(vm: Machine) -> None:
+    disk = "/dev/disk/by-id/virtio-disk0"
+    vm.run(f"mke2fs -q {disk} && mount {disk} /mnt && echo shared > /mnt/file", check=True)
+    writing = vm.popen("i=0; while :; do i=$((i + 1)); echo $i >> /mnt/log; sync; done")
+    vm.wait_until("test -s /mnt/log")
+
+    twins = vm.fork(2)
+    (grandchild,) = twins[0].fork(1)
+    machines = [vm, *twins, grandchild]
+    for machine in machines:
+        machine.run(f"echo {machine.name} > /mnt/mine; echo {machine.name} > /mnt/file; sync")
+    writing.kill()
+
+    for machine in machines:
+        assert machine.read_text("/mnt/file") == f"{machine.name}\n"
+        machine.reboot()
+        machine.run(f"mount {disk} /mnt", check=True)
+        assert machine.read_text("/mnt/mine") == f"{machine.name}\n"
+        log = machine.read_text("/mnt/log").split()
+        assert log[:10] == [str(number) for number in range(1, len(log[:10]) + 1)]
 
 
 def test_a_twin_is_nobody_else(vm: Machine) -> None:

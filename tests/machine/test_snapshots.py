@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from pytest_vmsandbox import ChannelLost, GuestPanicked, Machine, RequestInvalid, VmmDied
+from pytest_vmsandbox import ChannelLost, Disk, GuestPanicked, Machine, RequestInvalid, VmmDied
 from tests.machine.test_fork import COUNTER, counts_on, last_count, off_by_s
+
+DISK0 = "/dev/disk/by-id/virtio-disk0"
 
 
 def _restore_id(vm: Machine) -> str:
@@ -68,6 +70,44 @@ def test_snapshots_may_be_restored_in_any_order(vm: Machine) -> None:
     for number in (1, 0, 2, 1):
         vm.restore(snapshots[number])
         assert vm.read_text("/run/number") == str(number)
+
+
+@pytest.mark.vm(disks=[Disk(size="64M")])
+def test_disks_go_back_to_the_same_instant(vm: Machine) -> None:
+    """What the guest has written and not flushed is in its memory, the rest on the disk."""
+    vm.run(f"mke2fs -q {DISK0} && mount {DISK0} /mnt", check=True)
+    snapshots = []
+    for number in range(3):
+        vm.run(f"echo {number} > /mnt/last; dd if=/dev/urandom of=/mnt/{number} bs=1M count=4")
+        vm.run("sync" if number == 1 else "true")
+        snapshots.append(vm.snapshot())
+    sums = vm.run("sha256sum /mnt/[012]").stdout.splitlines()
+    vm.run(f"umount /mnt; dd if=/dev/zero of={DISK0} bs=1M; sync")
+    snapshots[2].close()
+
+    for number in (1, 0, 1):
+        vm.restore(snapshots[number])
+        assert vm.read_text("/mnt/last") == f"{number}\n"
+        # From the disk, as far as it was there: nothing of later times, and not half of it.
+        vm.run("echo 3 > /proc/sys/vm/drop_caches")
+        there = vm.run("cd /mnt; sha256sum /mnt/[012] 2>/dev/null").stdout.splitlines()
+        assert there == sums[: number + 1]
+        vm.run(f"umount /mnt && mount {DISK0} /mnt", check=True)
+        assert vm.run("sha256sum /mnt/[012]").stdout.splitlines() == there
+        assert "EXT4-fs error" not in vm.run("dmesg").stdout
+
+
+@pytest.mark.vm(disks=[Disk(size="64M")])
+def test_disks_are_kept_when_it_is_powered_on_again(vm: Machine) -> None:
+    vm.run(f"echo then | dd of={DISK0} conv=fsync", check=True)
+    with vm.snapshot() as snapshot:
+        vm.run(f"echo gone | dd of={DISK0} conv=fsync", check=True)
+        vm.restore(snapshot)
+    vm.run(f"echo more | dd of={DISK0} bs=1 seek=5 conv=fsync", check=True)
+    vm.shutdown()
+    vm.power_on()
+
+    assert vm.run(f"dd if={DISK0} bs=10 count=1 2>/dev/null").stdout == "then\nmore\n"
 
 
 def test_a_machine_that_panicked_can_go_back(vm: Machine) -> None:
