@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 from pytest_vmsandbox.errors import MachineFailed, OutcomeUnknown, RequestInvalid
 from pytest_vmsandbox.machine.build import Build
 from pytest_vmsandbox.machine.template import Recipe
 from pytest_vmsandbox.machine.templates import Templates, recipe_of
+
+_KERNEL_TIME = re.compile(r"\[ *\d+\.\d+\] ")
 
 # Of what making a template may fail, and its machine boot none the less.
 _CAN_NOT_BE_MADE = (RequestInvalid, MachineFailed, OutcomeUnknown, OSError)
@@ -60,6 +64,6 @@ class Lifecycles:
 
 
 def _why(error: Exception) -> str:
-    """The cause in one line; the rest is for who looks for it."""
+    """The cause in one line, the same in each worker; the rest is for who looks for it."""
     cause = error.cause if isinstance(error, MachineFailed) else str(error)
-    return (cause.splitlines() or [type(error).__name__])[0]
+    return _KERNEL_TIME.sub("", (cause.splitlines() or [type(error).__name__])[0])

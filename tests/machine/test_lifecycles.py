@@ -142,6 +142,22 @@ def test_a_lock_that_is_held_too_long_costs_the_template_and_not_the_test(
         assert "who makes" in told
 
 
+def test_an_image_that_does_not_boot_is_tried_once_for_a_template_and_told_without_the_time(
+    worker: Worker, scratch: Path
+) -> None:
+    with _lifecycles(worker, cache=scratch / "cache") as lifecycles:
+        build = _build(worker)
+        nothing = scratch / "initramfs"
+        nothing.write_bytes(bytes(build.config.initramfs.stat().st_size))
+        broken = replace(build, config=replace(build.config, initramfs=nothing))
+
+        for _ in range(2):
+            assert worker.engine.run(lifecycles.restored(broken, demanded=False)) == broken
+
+        (told,) = lifecycles.incidents
+        assert "it did not boot: Kernel panic" in told
+
+
 async def _while_another_makes_it(
     cache: TemplateCache, lifecycles: Lifecycles, build: Build
 ) -> Build:
