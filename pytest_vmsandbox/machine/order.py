@@ -11,7 +11,7 @@ from pathlib import Path
 from pytest_vmsandbox.guest.messages import Identity
 from pytest_vmsandbox.machine.frozen import Frozen
 from pytest_vmsandbox.vmm.launch import LaunchRequest, VmmView
-from pytest_vmsandbox.vmm.qemu import ENVIRONMENT, QemuConfig, render_command
+from pytest_vmsandbox.vmm.qemu import QemuConfig, render_command
 
 _LOG_TAIL_BYTES = 4000
 # What a restored guest's kernel gets to tell it from its twins (random(4) wants 32 at least).
@@ -57,7 +57,6 @@ class PowerOn:
             directory=config.directory,
             log=self.log,
             files=config.files,
-            env=ENVIRONMENT,
             memory_mib=config.vmm_memory_mib,
             kvm=config.accel == "kvm",
             written_bytes=config.written_bytes,

@@ -200,7 +200,7 @@ def _order(request: LaunchRequest) -> Launch:
         who=Who.VMM,
         name=request.id,
         argv=tuple(request.argv),
-        env={"PATH": "/usr/bin:/bin", "TMPDIR": str(ROOM), **request.env},
+        env={"PATH": "/usr/bin:/bin", "TMPDIR": str(ROOM)},
         cwd=str(ROOM),
         steps=plan_vmm_view(Path(program), kvm=request.kvm),
         network=Network.ISOLATED,

@@ -128,7 +128,6 @@ def _spawn(argv: Sequence[str], request: LaunchRequest) -> subprocess.Popen[byte
             stderr=subprocess.STDOUT,
             start_new_session=True,
             pass_fds=inherited,
-            env={**os.environ, **request.env},
         )
 
 

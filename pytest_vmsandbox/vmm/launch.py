@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
@@ -43,11 +43,10 @@ class VmmView:
 class LaunchRequest:
     """A VMM to be started: its `argv`, with paths as it will see them, and what it needs.
 
-    `id` names the machine on this host, `name` for its user; `env` is added to the launcher's own
-    environment for VMMs. `files` may be read, and nothing of the host be written but the VMM's own
-    directory and what is `Writable`; stdout and stderr go to `log`, stdin is /dev/null.
-    `memory_mib` is what guest and VMM together may take, `kvm` asks for /dev/kvm; `written_bytes`
-    is how long a file it must be able to write.
+    `id` names the machine on this host, `name` for its user; `files` may be read, and nothing of
+    the host be written but the VMM's own directory and what is `Writable`; stdout and stderr go
+    to `log`, stdin is /dev/null. `memory_mib` is what guest and VMM together may take, `kvm` asks
+    for /dev/kvm; `written_bytes` is how long a file it must be able to write.
     """
 
     id: str
@@ -56,7 +55,6 @@ class LaunchRequest:
     directory: Path
     log: Path
     files: Sequence[Handed] = ()
-    env: Mapping[str, str] = field(default_factory=dict)
     memory_mib: int | None = None
     kvm: bool = False
     written_bytes: int = 0

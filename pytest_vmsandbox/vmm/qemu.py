@@ -22,11 +22,6 @@ OVERHEAD_MIB = 256
 # What QEMU listens on, in the order in which it makes them.
 SOCKETS = ("qmp", "console", "agent")
 
-# QEMU starts with thousands of small allocations, and each page of theirs costs a fault: larger
-# pages and a heap that grows in larger steps save a sixth of its start (mallopt(3), and "Memory
-# Allocation Tunables" in the GNU C library's manual; another C library ignores both).
-ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "MALLOC_TOP_PAD_": str(16 << 20)}
-
 RAM = "ram"
 AGENT_PORT = "vmsandbox.agent"
 MODULES_SERIAL = "vmsandbox-mods"
@@ -166,7 +161,8 @@ def _cpu(config: QemuConfig) -> str:
     if config.accel == "kvm":  # needs kvm
         return "host"
     # TCG runs `rep movsb` byte by byte. A kernel that is told of "enhanced" and "fast short" rep
-    # movsb copies everything with it; without them it copies words, some four times as fast.
+    # movsb copies everything with it; without them it copies words, some four times as fast. Page
+    # tables of five levels (la57) only give it more code to translate.
     return "max,erms=off,fsrm=off,la57=off"
 
 
