@@ -69,6 +69,7 @@ class Running:
         self._shutdown_told = asyncio.Event()
         self._qmp: QmpSession | None = None
         self._channel: Channel | None = None
+        self._agent: socket.socket  # `connect` makes it
         self._lines = AsyncExitStack()
         self._console = console
         self._status = "starting"
@@ -243,13 +244,12 @@ class Running:
 
     async def boot(self, *, deadline: Deadline) -> None:
         """Let the guest run and wait for its agent's hello."""
-        sock = await self._connect("agent", deadline=deadline)
         await self.qmp.execute("cont", deadline=deadline)
         stall = self._spawn(self._watch_stall())
         order = self.order
         self._channel = await self.unless_it_fails(
             open_channel(
-                sock,
+                self._agent,
                 name=order.config.name,
                 nonce=order.nonce,
                 identity=Identity(hostname=order.config.name),
@@ -263,11 +263,13 @@ class Running:
 
     async def restore(self, frozen: Frozen, *, deadline: Deadline) -> None:
         """Load the state of the devices, let the guest run on, and make it a machine of its own."""
-        sock = await self._connect("agent", deadline=deadline)
-        await self.keep_memory_out(deadline=deadline)
         with frozen.open_state() as state:
-            await self.qmp.send_file("state", state, deadline=deadline)
-        await self.qmp.execute("migrate-incoming", {"uri": "fd:state"}, deadline=deadline)
+            # QEMU takes them in this order, and we need not wait for each answer.
+            await asyncio.gather(
+                self.keep_memory_out(deadline=deadline),
+                self.qmp.send_file("state", state, deadline=deadline),
+                self.qmp.execute("migrate-incoming", {"uri": "fd:state"}, deadline=deadline),
+            )
         if frozen.stands_still:
             await self._within(self._loaded, deadline, "the state of the devices being loaded")
             await self.qmp.execute("cont", deadline=deadline)
@@ -275,7 +277,7 @@ class Running:
         order = self.order
         self._channel = await self.unless_it_fails(
             open_channel(
-                sock,
+                self._agent,
                 name=order.config.name,
                 nonce=order.nonce,
                 identity=order.new_identity(),
@@ -301,13 +303,15 @@ class Running:
         )
 
     async def connect(self, *, deadline: Deadline) -> None:
-        """Connect control line and console, each to the VMM that we started and no other."""
+        """Connect console, control line and agent, each to the VMM that we started and no other."""
         self._spawn(self._watch_process())
         sock = await self._connect("console", deadline=deadline)
         loop = asyncio.get_running_loop()
         line, _ = await loop.create_unix_connection(lambda: ConsoleLine(self._console), sock=sock)
         self._lines.callback(line.close)
         sock = await self._connect("qmp", deadline=deadline)
+        self._agent = await self._connect("agent", deadline=deadline)
+        # Only now: QEMU answers here once it has built the machine, and listens long before.
         self._qmp = await self._lines.enter_async_context(
             open_qmp(sock, on_event=self.on_event, deadline=deadline)
         )
