@@ -163,7 +163,9 @@ def _freeze(plan: DiskPlan, stack: DiskStack, directory: Path) -> tuple[Layer, .
     with new_file(path) as copy:
         clone(written.file.descriptor, copy)
         os.fchmod(copy, READ_ONLY)
-    return (Layer(file=path, format=written.format), *_adopt(plan, directory))
+    # By our names: those under which we were given them may be gone.
+    below = replace(plan, frozen=stack.layers[1 : 1 + len(plan.frozen)])
+    return (Layer(file=path, format=written.format), *_adopt(below, directory))
 
 
 def _remove(directory: Path) -> None:

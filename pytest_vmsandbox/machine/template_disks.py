@@ -68,7 +68,13 @@ def parse_saved_disks(form: object) -> SavedDisks:
     # A serial is the name of a file here.
     if wrong := [serial for serial in form if "/" in serial]:
         raise DisksDamaged(f"{wrong[0]!r} is no disk's serial")
-    return {serial: tuple(map(_parse, layers)) for serial, layers in form.items()}
+    return {serial: _parse_layers(layers) for serial, layers in form.items()}
+
+
+def _parse_layers(form: object) -> tuple[SavedLayer, ...]:
+    if not isinstance(form, list):
+        raise DisksDamaged(f"{form!r} are no layers of a disk")
+    return tuple(map(_parse, form))
 
 
 def _parse(form: object) -> SavedLayer:

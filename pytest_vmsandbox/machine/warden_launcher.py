@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Self
 
 from pytest_vmsandbox.deadline import Deadline
-from pytest_vmsandbox.errors import BootFailed, HostUnfit, VmSandboxError
+from pytest_vmsandbox.errors import BootFailed, HostUnfit, RequestInvalid, VmSandboxError
 from pytest_vmsandbox.host.socket_auth import verify_machine_peer
 from pytest_vmsandbox.jail.vmm_view import ROOM, plan_vmm_view
 from pytest_vmsandbox.lease.entries import CGROUP_PREFIX, CgroupEntry
@@ -139,8 +139,8 @@ class WardenLauncher:
     async def launch(self, request: LaunchRequest) -> AsyncIterator[WardenProcess]:
         """Start it; leaving the context kills it.
 
-        Raises HostUnfit where this host does not let it be walled in, BootFailed for anything else
-        that keeps it from starting.
+        Raises RequestInvalid for a file that the VMM's user may not read, HostUnfit where this host
+        does not let it be walled in, BootFailed for anything else that keeps it from starting.
         """
         warden = await self._find_warden()
         with ExitStack() as recorded, ExitStack() as given:
@@ -178,6 +178,11 @@ def _recorded_group(path: Path, *, ledger: Ledger) -> Iterator[None]:
 
 def _failure(request: LaunchRequest, error: OSError) -> VmSandboxError:
     """What it means that it could not be started: the host lacks something, or this went wrong."""
+    if error.errno == errno.EACCES and (denied := _named_in(str(error), request.files)):
+        return RequestInvalid(
+            f"{request.name or request.id}: the VMM's own user can't be given a file: {error}",
+            f"chmod o+r {denied}, or --vm-tier=userns",
+        )
     if error.errno in _UNFIT:
         return HostUnfit(
             "VMS-WALLS-UNUSABLE",
@@ -186,6 +191,11 @@ def _failure(request: LaunchRequest, error: OSError) -> VmSandboxError:
             "vmsandbox doctor says what this host lacks",
         )
     return BootFailed(request.name or request.id, f"its VMM could not be started: {error}")
+
+
+def _named_in(sentence: str, files: Sequence[Handed]) -> Path | None:
+    paths = (file for file in files if isinstance(file, Path))
+    return next((path for path in paths if repr(str(path)) in sentence), None)
 
 
 def _streams(request: LaunchRequest) -> Iterator[IO[bytes]]:

@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 import hashlib
+import shlex
 import shutil
 import subprocess
+import sys
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from pytest_vmsandbox import AsyncMachineFactory, Disk, Machine, MachineFactory, TemplateBuilder
+from pytest_vmsandbox import (
+    AsyncMachineFactory,
+    Disk,
+    Machine,
+    MachineFactory,
+    RequestInvalid,
+    TemplateBuilder,
+)
+from pytest_vmsandbox.host.facts import Tier
+from pytest_vmsandbox.machine.controller import MachineController
 from pytest_vmsandbox.machine.disk import DISKS_AT_MOST
+from pytest_vmsandbox.machine.spec import MachineSpec
+from pytest_vmsandbox.machine.worker import Worker
 
 pytestmark = pytest.mark.machine
 
@@ -178,6 +193,78 @@ def test_a_disk_longer_than_the_host_has_room_for(vm_factory: MachineFactory) ->
     _write(vm, "far out", at=4 * MIB - 1)
 
     assert _line(vm, at=4 * MIB - 1) == "far out"
+
+
+def test_disks_are_frozen_while_their_machine_is_paused_and_goes_on(
+    worker: Worker, source: Path
+) -> None:
+    disks = (Disk(source=source), Disk(size="8M"))
+    engine = worker.engine
+    (controller,) = engine.run(worker.make([MachineSpec(disks=disks)]))
+    engine.run(worker.boot([controller]))
+    vm = Machine(controller, engine)
+    _write(vm, "before")
+    _write(vm, "before", disk=DISK1)
+
+    vm.pause()
+    with closing(controller.disks.freeze()) as frozen:
+        vm.resume()
+        _write(vm, "after!")
+        _write(vm, "after!", disk=DISK1)
+        build = engine.run(worker.plan(MachineSpec(disks=disks)))
+        twin = MachineController(replace(build, disks=frozen.under(build.disks)))
+        engine.run(worker.boot([twin]))
+
+    assert _both(Machine(twin, engine)) == ["before", "before"]
+    assert _both(vm) == ["after!", "after!"]
+    engine.run(worker.end([controller, twin]))
+
+
+FULL = """
+import pytest
+from pytest_vmsandbox import Disk, MachineFailed
+
+@pytest.mark.vm(disks=[Disk(size="64M")], lifecycle="booted")
+def test_it(vm):
+    with pytest.raises(MachineFailed, match="file of the disk disk0: No space left on device"):
+        vm.run("dd if=/dev/zero of=/dev/disk/by-id/virtio-disk0 bs=1M conv=fsync", timeout=60)
+"""
+
+
+@pytest.mark.vm_requires("user_namespaces")
+def test_a_full_host_stops_the_guest_and_says_so(tmp_path: Path, scratch: Path) -> None:
+    (tmp_path / "test_full.py").write_text(FULL)
+    run = scratch / "run"
+    run.mkdir(mode=0o700)
+    pytest_ = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--vm-tier=bare"]
+    mounted = f"mount -t tmpfs -o size=4m,mode=700 none {run} && exec " + shlex.join(
+        [*pytest_, f"--vm-run-dir={run}", str(tmp_path / "test_full.py")]
+    )
+
+    done = subprocess.run(
+        ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mounted],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+    assert "1 passed" in done.stdout, done.stdout + done.stderr
+
+
+def test_a_source_is_for_a_vmm_that_may_read_it(vm_factory: MachineFactory, source: Path) -> None:
+    source.chmod(0o600)
+    disks = [Disk(source=source)]
+
+    if vm_factory().facts.tier in (Tier.USERNS, Tier.BARE):  # the VMM runs in our own name
+        assert _line(vm_factory(disks=disks)) == "first"
+    else:
+        with pytest.raises(RequestInvalid, match=f"chmod o\\+r {source}"):
+            vm_factory(disks=disks)
+
+
+def _both(vm: Machine) -> list[str]:
+    return [_line(vm), _line(vm, disk=DISK1)]
 
 
 def _as(form: str, source: Path) -> Path:
