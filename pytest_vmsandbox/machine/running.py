@@ -333,9 +333,11 @@ class Running:
         await self._lines.aclose()
 
     async def _connect(self, purpose: str, *, deadline: Deadline) -> socket.socket:
-        sock = await self.unless_it_fails(
-            self.process.connect(socket_name(purpose), deadline=deadline)
-        )
+        return await self.unless_it_fails(self._connected(purpose, deadline=deadline))
+
+    async def _connected(self, purpose: str, *, deadline: Deadline) -> socket.socket:
+        # Ours to close as soon as there is one: who asked for it may be cancelled meanwhile.
+        sock = await self.process.connect(socket_name(purpose), deadline=deadline)
         self._lines.callback(sock.close)  # whoever takes it over closes it earlier
         return sock
 
