@@ -17,6 +17,7 @@ from rich.console import Console
 from benchmarks.boot import measure_boot
 from benchmarks.command import measure_command
 from benchmarks.files import measure_files
+from benchmarks.fork import measure_fork
 from benchmarks.freezing import measure_freezing
 from benchmarks.image import measure_image
 from benchmarks.import_cost import measure_import
@@ -36,6 +37,7 @@ BENCHMARKS: Final[dict[str, Callable[[Setting], Sequence[Measurement]]]] = {
     "throughput": measure_throughput,
     "memory": measure_memory,
     "freezing": measure_freezing,
+    "fork": measure_fork,
     "layer": measure_layer,
     "boot": measure_boot,
     "command": measure_command,
