@@ -24,6 +24,7 @@ from benchmarks.import_cost import measure_import
 from benchmarks.layer import measure_layer
 from benchmarks.measurement import Measurement
 from benchmarks.memory import measure_memory
+from benchmarks.pool import measure_pool
 from benchmarks.probes import measure_probes
 from benchmarks.report import document_of, table_of
 from benchmarks.restored import measure_restored
@@ -34,6 +35,7 @@ from pytest_vmsandbox.errors import VmSandboxError
 
 BENCHMARKS: Final[dict[str, Callable[[Setting], Sequence[Measurement]]]] = {
     "restored": measure_restored,
+    "pool": measure_pool,
     "throughput": measure_throughput,
     "memory": measure_memory,
     "freezing": measure_freezing,

@@ -159,7 +159,7 @@ def _measure_sessions(
             ),
         }
         options = {
-            "ours": (f"--vm-cache-dir={setting.cache_dir}", "-p", "no:xdist"),
+            "ours": (f"--vm-cache-dir={setting.cache_dir}", "--vm-pool=off", "-p", "no:xdist"),
             "by hand": ("-p", "no:vmsandbox", "-p", "no:xdist"),
         }
 
@@ -178,7 +178,7 @@ def _measure_sessions(
         what="a test in a pytest session",
         unit=Unit.MILLISECONDS,
         values=milliseconds["ours"],
-        how=f"setup, call and teardown by pytest's own clock, {_A_TEST}; the median of {TESTS} "
+        how=f"setup, call and teardown by pytest's own clock, no pool; the median of {TESTS} "
         f"tests of a session of its own, by hand of {TESTS_BY_HAND}",
         peer=_PEER,
         peer_values=milliseconds["by hand"],

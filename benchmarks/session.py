@@ -22,7 +22,7 @@ _UNWANTED: Final = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """A step of one test, or the end of a process's collection; times since the epoch."""
+    """A step of a test, what it noted, or the end of a collection; times since the epoch."""
 
     process: str
     step: str

@@ -18,15 +18,21 @@ FILE: Final = "BENCHMARKS_STAMPS"
 
 def pytest_collection_finish() -> None:
     """Note the end of the collection."""
-    _note({"step": "collected", "start": time.time(), "stop": time.time(), "seconds": 0.0})
+    note("collected")
 
 
 def pytest_runtest_makereport(call: pytest.CallInfo[object]) -> None:
     """Note a step of a test: setup, call or teardown."""
-    _note({"step": call.when, "start": call.start, "stop": call.stop, "seconds": call.duration})
+    _write({"step": call.when, "start": call.start, "stop": call.stop, "seconds": call.duration})
 
 
-def _note(stamp: dict[str, object]) -> None:
+def note(step: str) -> None:
+    """Note that a test has come so far; for tests themselves."""
+    now = time.time()
+    _write({"step": step, "start": now, "stop": now, "seconds": 0.0})
+
+
+def _write(stamp: dict[str, object]) -> None:
     process = os.environ.get("PYTEST_XDIST_WORKER", "main")
     line = json.dumps({"process": process, **stamp}) + "\n"
     # One short write that appends: xdist's workers share the file.
