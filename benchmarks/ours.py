@@ -42,9 +42,12 @@ def accel_of(worker: Worker) -> str:
 
 @contextmanager
 def made(worker: Worker, **wishes: Any) -> Iterator[MachineController]:
-    """A machine of that shape that is not powered on yet; ended with the block."""
-    (controller,) = worker.engine.run(worker.make([MachineSpec().changed(wishes)]))
+    """A machine of that shape that is not powered on yet; ended with the block, and its twins."""
+    held: list[MachineController] = []
+    (controller,) = worker.engine.run(
+        worker.make([MachineSpec().changed(wishes)], hold=held.append)
+    )
     try:
         yield controller
     finally:
-        worker.engine.run(worker.end([controller]))
+        worker.engine.run(worker.end(held))

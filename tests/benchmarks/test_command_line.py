@@ -73,7 +73,7 @@ def test_the_walls_are_measured_beside_none_where_there_are_any(
 
 
 @pytest.mark.machine
-def test_restored_machines_are_weighed_and_templates_frozen(
+def test_restored_machines_are_weighed_frozen_forked_and_asked(
     vm_host: HostFacts, tmp_path: Path
 ) -> None:
     if vm_host.tier not in ("root", "sudo", "userns", "bare"):
@@ -81,7 +81,8 @@ def test_restored_machines_are_weighed_and_templates_frozen(
     figures = tmp_path / "figures"
 
     done = run_benchmarks(
-        *("memory", "freezing", "--rounds", "1", "--json", figures, "--cache-dir", CACHE)
+        *("memory", "freezing", "fork", "layer"),
+        *("--rounds", "1", "--json", figures, "--cache-dir", CACHE),
     )
 
     measured = {each["what"]: each for each in json.loads(figures.read_text())["measurements"]}
@@ -96,6 +97,8 @@ def test_restored_machines_are_weighed_and_templates_frozen(
     (frozen,) = measured["freezing a machine that has booted"]["values"]
     (kept,) = measured["the same, and kept in the cache"]["values"]
     assert 0 < frozen < kept
+    assert measured["vm.fork(4), 256 MiB, idle"]["median"] > 0
+    assert measured["a service's first answer"]["ratio"] > 0
 
 
 def test_one_that_fails_does_not_keep_the_others_from_being_shown(tmp_path: Path) -> None:
