@@ -94,7 +94,8 @@ class Templates:
                 raise
             if found is None:
                 return None
-            self._kept[recipe.digest] = found
+            if self._kept.setdefault(recipe.digest, found) is not found:
+                found.close()  # another one was quicker
         return self._kept[recipe.digest]
 
     @asynccontextmanager

@@ -13,7 +13,7 @@ import socket
 import sys
 import tempfile
 import zipfile
-from collections.abc import AsyncIterator, Awaitable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +21,10 @@ from pathlib import Path
 from pytest_vmsandbox.deadline import Deadline
 from pytest_vmsandbox.host.facts import Tier
 from pytest_vmsandbox.linux import CloneFlags, MountFlags, mount, unshare
+from pytest_vmsandbox.machine.memory import GuestMemory, new_memory
 from pytest_vmsandbox.machine.warden_launcher import WardenLauncher
 from pytest_vmsandbox.vmm.bare import BareLauncher
-from pytest_vmsandbox.vmm.launch import Launcher, LaunchRequest, VmmProcess
+from pytest_vmsandbox.vmm.launch import Handed, Launcher, LaunchRequest, Memory, VmmProcess
 from pytest_vmsandbox.warden.client import Warden, open_warden
 from tests.escape import victims
 from tests.escape.attempts.others import SECRET, TRAPS
@@ -52,13 +53,16 @@ class Ground:
     launchers: tuple[Launcher, Launcher]
     warden: Warden | None
 
-    def request(self, name: str, *words: str) -> LaunchRequest:
-        """The hostile program in some role, as if it were a VMM called `name`."""
+    def request(self, name: str, *words: str, memories: Sequence[Memory] = ()) -> LaunchRequest:
+        """The hostile program in some role, as if it were a VMM called `name`.
+
+        Where its `memories` are is said to it at the end.
+        """
         directory = self.directory / "run" / name
         directory.mkdir(exist_ok=True)
-        files = (self.image, self.program)
+        files: tuple[Handed, ...] = (self.image, self.program, *memories)
         seen = self.launchers[0].view(directory=directory, files=files)
-        role, *rest = words
+        role, *rest = *words, *(str(seen.files[memory]) for memory in memories)
         room = () if role == "attempts" else (str(seen.directory),)
         return LaunchRequest(
             id=f"escape-{os.getpid()}-{name}",  # groups are named so, for the whole host
@@ -322,6 +326,33 @@ async def _send_descriptor() -> str:
     return "sent"
 
 
+async def memory(tier: Tier) -> dict[str, object]:
+    """Hand over a template's memory, and memory that is not sealed: what came of each."""
+    with (
+        new_memory("sealed", size=_MEMORY_BYTES) as sealed,
+        new_memory("open", size=_MEMORY_BYTES) as unsealed,
+    ):
+        for each in (sealed, unsealed):
+            os.pwrite(each, os.urandom(_MEMORY_BYTES), 0)
+        sealed.seal()
+        before = _content(sealed)
+        async with ground(tier) as place:
+            handed = (Memory(sealed), Memory(unsealed))
+            request = place.request("hostile", "vandal", memories=handed)
+            async with place.launchers[0].launch(request) as process:
+                tried = json.loads(await _said(process, "tried", request.log))
+        first, second = request.argv[-2:]
+        return {
+            "sealed": tried[first],
+            "unsealed": tried[second],
+            "untouched": _content(sealed) == before,
+        }
+
+
+def _content(memory: GuestMemory) -> bytes:
+    return os.pread(memory, memory.size + 1, 0)
+
+
 async def flight(tier: Tier) -> dict[str, object]:
     """Have more descriptors in flight than the warden may open: does it still start machines?"""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -334,8 +365,9 @@ async def flight(tier: Tier) -> dict[str, object]:
             return {"another machine": await _outcome(_another(place, place.launchers[0]))}
 
 
-_PARTS = {"attempts": attempts, "traps": traps, "siege": siege, "flight": flight}
+_PARTS = {"attempts": attempts, "traps": traps, "siege": siege, "flight": flight, "memory": memory}
 _USUAL_OPEN_FILES = 1024
+_MEMORY_BYTES = 64 << 10
 
 
 def main(part: str, tier: Tier) -> None:

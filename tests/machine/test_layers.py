@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 import struct
 import threading
@@ -10,7 +9,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from platformdirs import user_cache_path
 
 from pytest_vmsandbox import (
     AsyncMachine,
@@ -28,6 +26,7 @@ from pytest_vmsandbox.machine.spec import MachineSpec
 from pytest_vmsandbox.machine.template import read_manifest
 from pytest_vmsandbox.machine.template_builder import Setup
 from pytest_vmsandbox.machine.worker import Worker, WorkerSettings
+from tests.machine.template_caches import make_cache
 
 pytestmark = pytest.mark.machine
 
@@ -35,13 +34,7 @@ pytestmark = pytest.mark.machine
 @pytest.fixture(scope="module")
 def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache of this module's own, but for images and all else that is not the templates."""
-    ours = tmp_path_factory.mktemp("cache")
-    users = Path(os.environ.get("VMSANDBOX_CACHE_DIR") or user_cache_path("vmsandbox"))
-    for name in ("images", "layers", "packages"):
-        (ours / name).symlink_to(users / name)
-    for path in users.glob("agent-*"):
-        (ours / path.name).symlink_to(path)
-    return ours
+    return make_cache(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.escape.attempts.calls import libc
+from tests.escape.attempts.memory import vandal
 from tests.escape.attempts.resources import besiege
 
 GIFT = "a hundred descriptors for you"
@@ -135,4 +136,9 @@ _TRAPS: dict[str, Callable[[str, str, str], None]] = {
 
 TRAPS = tuple(_TRAPS)
 _GIFTS = {"gift-socket": _gift_socket}
-ROLES: dict[str, Callable[..., None]] = {"neighbour": neighbour, "siege": siege, "planter": planter}
+ROLES: dict[str, Callable[..., None]] = {
+    "neighbour": neighbour,
+    "siege": siege,
+    "planter": planter,
+    "vandal": vandal,
+}

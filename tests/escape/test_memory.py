@@ -1,0 +1,23 @@
+"""A template's memory in the hands of a hostile program: it can be read, and never be changed."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.escape.conftest import Arena, Place
+
+
+@pytest.mark.parametrize("place", Place)
+def test_no_machine_changes_what_the_others_begin_with(arena: Arena, place: Place) -> None:
+    form = arena("memory", place).form
+
+    assert {way for way, came in form["sealed"].items() if not came.startswith("refused")} == set()
+    assert form["untouched"]
+
+
+@pytest.mark.parametrize("place", Place)
+def test_each_way_changes_memory_that_is_not_sealed(arena: Arena, place: Place) -> None:
+    form = arena("memory", place).form
+
+    assert len(form["unsealed"]) == len(form["sealed"]) >= 10
+    assert {way: came for way, came in form["unsealed"].items() if came != "changed"} == {}
