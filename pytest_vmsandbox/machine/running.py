@@ -261,8 +261,8 @@ class Running:
         stall.cancel()
         self._answering.set()
 
-    async def restore(self, frozen: Frozen, *, deadline: Deadline) -> None:
-        """Load the state of the devices, let the guest run on, and make it a machine of its own."""
+    async def load(self, frozen: Frozen, *, deadline: Deadline) -> None:
+        """Load the state of the devices, and let the guest run on."""
         with frozen.open_state() as state:
             # QEMU takes them in this order, and we need not wait for each answer.
             await asyncio.gather(
@@ -274,6 +274,9 @@ class Running:
             await self._within(self._loaded, deadline, "the state of the devices being loaded")
             await self.qmp.execute("cont", deadline=deadline)
         await self._within(self._runs, deadline, "the restored guest to run")
+
+    async def individualize(self, frozen: Frozen, *, deadline: Deadline) -> None:
+        """Make the guest that was loaded, and runs, a machine of its own."""
         order = self.order
         self._channel = await self.unless_it_fails(
             open_channel(
@@ -468,7 +471,9 @@ async def open_running(
                 await _booting(running.boot(deadline=deadline), running)
         else:
             with timings.measuring("restore_s"):
-                await _booting(running.restore(order.frozen, deadline=deadline), running)
+                with timings.measuring("load_s"):
+                    await _booting(running.load(order.frozen, deadline=deadline), running)
+                await _booting(running.individualize(order.frozen, deadline=deadline), running)
         yield running
 
 
