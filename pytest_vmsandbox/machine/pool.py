@@ -112,8 +112,9 @@ class _Ahead:
             _log.debug("no machine ahead", exc_info=True)
         finally:
             self._ready.set()
-            if self._machine is not None:
-                await asyncio.shield(self._machine.close())
+            machine, self._machine = self._machine, None  # from here on nobody is given it
+            if machine is not None:
+                await asyncio.shield(machine.close())
 
     async def _spare(self) -> None:
         """Return once a processor has idled for a moment, and there is memory for a machine."""

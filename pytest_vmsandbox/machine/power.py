@@ -18,7 +18,8 @@ from pytest_vmsandbox.machine.core import MachineCore
 from pytest_vmsandbox.machine.disks import Disks
 from pytest_vmsandbox.machine.frozen import Frozen
 from pytest_vmsandbox.machine.order import PowerOn
-from pytest_vmsandbox.machine.running import BootStalled, Running, open_running
+from pytest_vmsandbox.machine.running import BootStalled, Running
+from pytest_vmsandbox.machine.starting import open_running
 from pytest_vmsandbox.vmm.launch import Memory
 
 # What a wait may take unless its caller says otherwise, in seconds, before scaling.

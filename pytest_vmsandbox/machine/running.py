@@ -1,11 +1,11 @@
-"""A machine that is powered on: VMM, control line, console and agent, from start to end."""
+"""A machine that is powered on: VMM, control line, console and agent, and what happens to them."""
 
 from __future__ import annotations
 
 import asyncio
 import shlex
 import socket
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any, TypeVar
 
@@ -16,8 +16,6 @@ from pytest_vmsandbox.errors import (
     Evidence,
     GuestPanicked,
     MachineFailed,
-    OutcomeUnknown,
-    SocketAuthError,
     TimedOut,
     VmmDied,
     VmSandboxError,
@@ -27,9 +25,8 @@ from pytest_vmsandbox.guest.messages import Identity
 from pytest_vmsandbox.machine.console import Console, ConsoleLine, KernelTrouble
 from pytest_vmsandbox.machine.frozen import Frozen
 from pytest_vmsandbox.machine.order import PowerOn
-from pytest_vmsandbox.machine.timings import Timings
 from pytest_vmsandbox.vmm.disk import disk_error
-from pytest_vmsandbox.vmm.launch import Launcher, VmmProcess
+from pytest_vmsandbox.vmm.launch import VmmProcess
 from pytest_vmsandbox.vmm.qemu import socket_name
 from pytest_vmsandbox.vmm.qmp import QmpEvent, QmpSession, open_qmp
 
@@ -53,7 +50,7 @@ class BootStalled(BootFailed):
 
 
 class Running:
-    """A VMM and the guest in it; `open_running` makes it and ends it.
+    """A VMM and the guest in it; `open_running` (starting.py) makes it and ends it.
 
     Once it has failed, `failure` says of what, and every wait for it raises that.
     """
@@ -440,58 +437,6 @@ class Running:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
-
-
-@asynccontextmanager
-async def open_running(
-    order: PowerOn,
-    *,
-    launcher: Launcher,
-    console: Console,
-    timings: Timings,
-    on_started: Callable[[Running], None],
-) -> AsyncIterator[Running]:
-    """Start the VMM, prove that its sockets are its own, boot the guest; kill it on the way out.
-
-    `on_started` is told as soon as there is something to look at, however the boot goes on.
-    Raises BootFailed, with what there was to see, when the guest does not come to answer.
-    Whatever is raised, no process and no connection is left.
-    """
-    deadline = Deadline.after(seconds=order.boot_s)
-    console.power_on()
-    async with AsyncExitStack() as stack:
-        with timings.measuring("spawn_s"):
-            process = await stack.enter_async_context(launcher.launch(order.request))
-            running = Running(order, console, process)
-            on_started(running)
-            stack.push_async_callback(running.close)
-            await _booting(running.connect(deadline=deadline), running)
-        if order.frozen is None:
-            with timings.measuring("boot_s"):
-                await _booting(running.boot(deadline=deadline), running)
-        else:
-            with timings.measuring("restore_s"):
-                with timings.measuring("load_s"):
-                    await _booting(running.load(order.frozen, deadline=deadline), running)
-                await _booting(running.individualize(order.frozen, deadline=deadline), running)
-        yield running
-
-
-async def _booting(step: Coroutine[Any, Any, None], running: Running) -> None:
-    """Do a step of the boot; whatever goes wrong in it is a BootFailed."""
-    did_not = "it did not boot" if running.order.frozen is None else "it could not be restored"
-    try:
-        await step
-    except BootFailed:
-        raise
-    except MachineFailed as error:
-        raise running.failed(BootFailed, f"{did_not}: {error.cause}") from error
-    except (TimedOut, OutcomeUnknown, SocketAuthError) as error:
-        # A line that breaks is mostly a sign that the VMM has ended: that says more.
-        if not isinstance(error, TimedOut):
-            await running.settle()
-        cause = running.failure.cause if running.failure else str(error)
-        raise running.failed(BootFailed, f"{did_not}: {cause}") from error
 
 
 async def _sign(question: Coroutine[Any, Any, object]) -> str:
