@@ -62,7 +62,11 @@ async def _freeze_ms(build: Build, cache_dir: Path) -> tuple[float, float]:
     """Milliseconds from an answering machine to a frozen one, and to a template in a new cache."""
     recipe = recipe_of(build)
     with ExitStack() as stack:
-        templates = Templates(TemplateCache(cache_dir), progress=SilentProgress())
+        templates = Templates(
+            TemplateCache(cache_dir),
+            room=lambda: build.config.directory.parent,
+            progress=SilentProgress(),
+        )
         stack.callback(templates.close)
         memory = new_memory("benchmark", size=build.config.memory_mib << 20)
         shared = sharing(build, memory)

@@ -49,14 +49,14 @@ class FrozenDisks:
                 serial: _linked(serial, layers, directory) for serial, layers in self.layers.items()
             }
         except BaseException:
-            _remove(directory)
+            remove_directory(directory)
             raise
         return FrozenDisks(layers=layers, directory=directory)
 
     def close(self) -> None:
         """Remove their files."""
         if self.directory is not None:
-            _remove(self.directory)
+            remove_directory(self.directory)
 
 
 NO_DISKS = FrozenDisks()
@@ -82,7 +82,7 @@ class Disks:
         if self._stacks is None:
             with ExitStack() as undo:
                 directory = new_directory(beside=self._directory / "disks")
-                undo.callback(_remove, directory)
+                undo.callback(remove_directory, directory)
                 self._stacks = tuple(_open(plan, directory, undo) for plan in self._plans)
                 self._held = undo.pop_all()
         return self._stacks
@@ -105,7 +105,7 @@ class Disks:
                 if not plan.read_only
             }
         except BaseException:
-            _remove(directory)
+            remove_directory(directory)
             raise
         return FrozenDisks(layers=layers, directory=directory)
 
@@ -146,14 +146,29 @@ def _linked(serial: str, layers: Sequence[Layer], directory: Path) -> tuple[Laye
 
 
 def _named(layer: Layer, name: Path) -> Layer:
-    try:
-        name.hardlink_to(str(layer.file))
-    except OSError as error:
-        # In the cache, which may be on another file system, the lock of its template keeps it.
-        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK):
-            raise
-        return layer
+    with OwnedFd(os.open(str(layer.file), os.O_RDONLY | os.O_CLOEXEC)) as file:
+        keep(file, name)
     return replace(layer, file=name)
+
+
+def keep(file: OwnedFd, name: Path) -> None:
+    """Give an open file a name of ours too: that very file, whatever became of its own name.
+
+    It is copied where it can't have another name: on another file system, or when it has none left.
+    """
+    directory = os.open(name.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    with OwnedFd(directory) as parent:
+        try:
+            # With a directory given, Python lets the kernel follow the link to the open file.
+            os.link(f"/proc/self/fd/{file}", name.name, dst_dir_fd=parent)
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOENT):
+                raise
+        else:
+            return
+    with new_file(name) as copy:
+        clone(file, copy)
+        os.fchmod(copy, READ_ONLY)
 
 
 def _freeze(plan: DiskPlan, stack: DiskStack, directory: Path) -> tuple[Layer, ...]:
@@ -168,7 +183,7 @@ def _freeze(plan: DiskPlan, stack: DiskStack, directory: Path) -> tuple[Layer, .
     return (Layer(file=path, format=written.format), *_adopt(below, directory))
 
 
-def _remove(directory: Path) -> None:
+def remove_directory(directory: Path) -> None:
     """Remove a directory of ours; what resists is left to the end of the run."""
     with suppress(OSError):
         for file in directory.iterdir():

@@ -31,7 +31,8 @@ from pytest_vmsandbox.machine.memory_file import (
 from pytest_vmsandbox.machine.template_disks import (
     DisksDamaged,
     SavedDisks,
-    find_disks,
+    check_disks,
+    load_disks,
     parse_saved_disks,
     save_disks,
 )
@@ -197,8 +198,8 @@ def read_manifest(directory: Path) -> Manifest:
     return manifest
 
 
-def load_template(chain: Sequence[Path], recipe: Recipe) -> tuple[Manifest, Frozen]:
-    """Read all of it into sealed memory and check every byte.
+def load_template(chain: Sequence[Path], recipe: Recipe, *, room: Path) -> tuple[Manifest, Frozen]:
+    """Read it into sealed memory, its disks into a directory in `room`, and check every byte.
 
     `chain` begins with its own directory; each stands on the next. Raises TemplateDamaged where a
     byte is wrong, it is one of another recipe, or it was made on another making of its base.
@@ -214,13 +215,14 @@ def load_template(chain: Sequence[Path], recipe: Recipe) -> tuple[Manifest, Froz
                 raise TemplateDamaged(f"{directory}: its memory is not what its manifest says")
         memory.seal()
         state, console = _state(chain[0], top), _console(chain[0], top)
-        return top, Frozen(
-            nonce=top.nonce,
-            memory=memory,
-            disks=find_disks(top.disks, chain[0]),
-            state=state_of(state),
-            console=console,
-        )
+        disks = load_disks(top.disks, chain[0], room=room)
+        try:
+            return top, Frozen(
+                nonce=top.nonce, memory=memory, disks=disks, state=state_of(state), console=console
+            )
+        except BaseException:
+            disks.close()
+            raise
     except (OSError, MemoryDamaged, DisksDamaged) as error:
         memory.close()
         raise TemplateDamaged(str(error)) from error
@@ -242,7 +244,7 @@ def check_template(chain: Sequence[Path], *, every_byte: bool = True) -> None:
             raise TemplateDamaged(f"{chain[0]}: its memory is not what its manifest says")
         _state(chain[0], top)
         _console(chain[0], top)
-        find_disks(top.disks, chain[0])
+        check_disks(top.disks, chain[0])
     except (OSError, MemoryDamaged, DisksDamaged) as error:
         raise TemplateDamaged(str(error)) from error
 

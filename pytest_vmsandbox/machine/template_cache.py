@@ -1,11 +1,11 @@
 """The cache of templates: made once by whoever comes first, published whole, noticed when damaged.
 
-    templates/DIGEST/         published templates
-    templates/.new-DIGEST/    being made, or left by a process that was killed over it
-    templates/.old-*/         on its way out
+    vmsandbox-templates/DIGEST/         published templates
+    vmsandbox-templates/.new-DIGEST/    being made, or left by a process that was killed over it
+    vmsandbox-templates/.old-*/         on its way out
 
-A template is in use while a process that has read it lives. It is read into memory as a whole: who
-removes or replaces it here harms no machine that runs, but the next one would have to be made anew.
+A template is in use while a process that has read it lives. Whoever has read it has all of it, its
+disks under names of its own: who removes or replaces it here harms no machine.
 """
 
 from __future__ import annotations
@@ -13,15 +13,12 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
-import shutil
-import stat
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from pytest_vmsandbox.deadline import Deadline
-from pytest_vmsandbox.errors import RequestInvalid
 from pytest_vmsandbox.linux import OwnedFd
 from pytest_vmsandbox.machine.frozen import Frozen
 from pytest_vmsandbox.machine.template import (
@@ -40,6 +37,16 @@ from pytest_vmsandbox.machine.template_locks import (
     share,
     share_what_is_owned,
 )
+from pytest_vmsandbox.machine.template_shelf import (
+    NAME,
+    NEW,
+    OLD,
+    is_shelf,
+    make_shelf,
+    published_in,
+    remove_tree,
+    unfinished_in,
+)
 
 # What templates may take on disk together, in bytes, unless those in use alone take more.
 LIMIT_BYTES = 4 << 30
@@ -47,7 +54,6 @@ LIMIT_BYTES = 4 << 30
 # A template on a template on a template ...: who comes this deep goes round in a circle.
 _DEEPEST = 64
 
-_NEW, _OLD = ".new-", ".old-"
 _POLL_S = 0.05
 
 
@@ -87,18 +93,19 @@ class TemplateCache:
     """
 
     def __init__(self, cache_dir: Path, *, limit_bytes: int = LIMIT_BYTES) -> None:
-        self.directory = cache_dir / "templates"
+        self.directory = cache_dir / NAME
         self._limit_bytes = limit_bytes
 
-    def load(self, recipe: Recipe) -> Kept | None:
+    def load(self, recipe: Recipe, *, room: Path) -> Kept | None:
         """The template of that recipe, in memory; None where there is none that is whole.
 
-        It counts as used just now, and so does all that it stands on.
+        Its disks are kept in a directory of their own in `room`. It counts as used just now, and
+        so does all that it stands on.
         """
         with ExitStack() as undo:
             try:
                 chain, locks = self._shared(recipe, undo)
-                manifest, frozen = load_template(chain, recipe)
+                manifest, frozen = load_template(chain, recipe, room=room)
             except (TemplateDamaged, FileNotFoundError, NotADirectoryError):
                 return None
             for directory in chain:
@@ -130,9 +137,9 @@ class TemplateCache:
 
     def shelved(self) -> list[Shelved]:
         """All that are published, the one that was used last at the end."""
-        if not self._is_there():
+        if not is_shelf(self.directory):
             return []
-        found = [_look_at(path) for path in self.directory.iterdir() if _is_published(path)]
+        found = [_look_at(path) for path in published_in(self.directory)]
         return sorted(found, key=lambda one: one.last_use)
 
     def chain_of(self, directory: Path) -> list[Path]:
@@ -146,9 +153,11 @@ class TemplateCache:
 
     def remove(self, directory: Path) -> bool:
         """Remove a template; False where one stands on it, or a process uses it."""
+        if not is_shelf(self.directory):
+            return False
         with changing(self.directory):
             gone = self._taken_away(directory)
-        _remove(gone)
+        remove_tree(gone)
         return gone is not None
 
     def in_use(self, directory: Path) -> bool:
@@ -162,10 +171,13 @@ class TemplateCache:
 
     def tidy(self) -> None:
         """Remove what killed processes left, then what was not used for longest, to the limit."""
-        for path in self.directory.glob(f"{_OLD}*"):
-            shutil.rmtree(path, ignore_errors=True)
-        for path in self.directory.glob(f"{_NEW}*"):
-            self.remove(path)
+        if not is_shelf(self.directory):
+            return
+        for path in unfinished_in(self.directory):
+            if path.name.startswith(OLD):
+                remove_tree(path)
+            else:
+                self.remove(path)
         shelved = self.shelved()
         while sum(one.bytes for one in shelved) > self._limit_bytes:
             if not any(self.remove(one.directory) for one in shelved):
@@ -174,9 +186,8 @@ class TemplateCache:
 
     def _begin(self, recipe: Recipe) -> Making | None:
         """Become the one who makes it; None where somebody else is."""
-        self.directory.mkdir(parents=True, mode=0o700, exist_ok=True)
-        self._is_there()
-        staging = self.directory / f"{_NEW}{recipe.digest[:32]}"
+        make_shelf(self.directory)
+        staging = self.directory / f"{NEW}{recipe.digest[:32]}"
         with changing(self.directory):
             staging.mkdir(mode=0o700, exist_ok=True)
             lock = own(staging)
@@ -186,7 +197,7 @@ class TemplateCache:
 
     def _shared(self, recipe: Recipe, undo: ExitStack) -> tuple[list[Path], list[OwnedFd]]:
         """Where it and all that it stands on lie, and the locks of those who use them."""
-        if not self._is_there():
+        if not is_shelf(self.directory):
             raise FileNotFoundError(self.directory)
         with changing(self.directory):
             chain = self.chain_of(self._place(recipe.digest))
@@ -202,24 +213,9 @@ class TemplateCache:
     def _place(self, digest: str) -> Path:
         return self.directory / digest[:32]
 
-    def _is_there(self) -> bool:
-        """Whether there is a directory; RequestInvalid where it is not ours alone."""
-        try:
-            state = self.directory.stat()
-        except FileNotFoundError:
-            return False
-        if state.st_uid != os.geteuid() or state.st_mode & 0o022 or not stat.S_ISDIR(state.st_mode):
-            raise RequestInvalid(
-                f"{self.directory} is not a directory of uid {os.geteuid()} that nobody else may "
-                f"write: it belongs to uid {state.st_uid}, mode {stat.S_IMODE(state.st_mode):04o}; "
-                "who can write a template decides what runs in your tests",
-                "choose another place with --vm-cache-dir, or chmod go-w it",
-            )
-        return True
-
     def _taken_away(self, directory: Path) -> Path | None:
         """Put it out of sight, where nobody uses it and none stands on it; while `changing`."""
-        if any(directory in self._below(other) for other in self._published()):
+        if any(directory in self._below(other) for other in published_in(self.directory)):
             return None
         try:
             lock = own(directory)
@@ -229,9 +225,6 @@ class TemplateCache:
             return None
         with lock:
             return self.out_of_sight(directory)
-
-    def _published(self) -> Iterator[Path]:
-        return (path for path in self.directory.iterdir() if _is_published(path))
 
     def _below(self, directory: Path) -> list[Path]:
         """What a template stands on; nothing where its manifest can't be read."""
@@ -248,7 +241,7 @@ class TemplateCache:
 
     def out_of_sight(self, directory: Path) -> Path:
         """Put a directory where `tidy` removes it if we can't; to be called while `changing`."""
-        return directory.rename(self.directory / f"{_OLD}{secrets.token_hex(16)}")
+        return directory.rename(self.directory / f"{OLD}{secrets.token_hex(16)}")
 
 
 class Making:
@@ -268,13 +261,13 @@ class Making:
         manifest = write(self._staging)
         away: Path | None = None
         with changing(self._cache.directory):
-            if self._place.exists():  # and damaged, or made on a base that is no more
+            if os.path.lexists(self._place):  # and damaged, or made on a base that is no more
                 away = self._cache.out_of_sight(self._place)
             self._staging.rename(self._place)
             self._published = True
             share_what_is_owned(self._lock)
         with suppress(OSError):  # it is published, whatever else can't be removed
-            _remove(away)
+            remove_tree(away)
             self._cache.tidy()
         return Kept(manifest=manifest, frozen=frozen, locks=(self._lock,))
 
@@ -285,11 +278,7 @@ class Making:
         with self._lock, suppress(OSError):
             with changing(self._cache.directory):
                 away = self._cache.out_of_sight(self._staging)
-            _remove(away)
-
-
-def _is_published(path: Path) -> bool:
-    return not path.name.startswith(".") and path.is_dir()
+            remove_tree(away)
 
 
 def _look_at(directory: Path) -> Shelved:
@@ -315,8 +304,3 @@ def _empty(staging: Path) -> None:
     for path in staging.iterdir():
         if path.name != LOCK:
             path.unlink()
-
-
-def _remove(directory: Path | None) -> None:
-    if directory is not None:
-        shutil.rmtree(directory, ignore_errors=True)

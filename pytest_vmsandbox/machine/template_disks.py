@@ -7,12 +7,20 @@ not among them: that it is still the same is a matter of the recipe.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pytest_vmsandbox.linux import OwnedFd
-from pytest_vmsandbox.machine.disks import READ_ONLY, FrozenDisks, new_file
+from pytest_vmsandbox.machine.disks import (
+    NO_DISKS,
+    READ_ONLY,
+    FrozenDisks,
+    keep,
+    new_directory,
+    new_file,
+    remove_directory,
+)
 from pytest_vmsandbox.machine.sparse import copy_sparse, hash_sparse
 from pytest_vmsandbox.vmm.disk import DiskFormat, Layer
 
@@ -44,21 +52,35 @@ def save_disks(disks: FrozenDisks, directory: Path) -> SavedDisks:
     }
 
 
-def find_disks(saved: SavedDisks, directory: Path) -> FrozenDisks:
-    """The layers as they lie in a template's directory, every byte checked.
+def load_disks(saved: SavedDisks, directory: Path, *, room: Path) -> FrozenDisks:
+    """The layers in a template's directory, kept in a new one in `room`, every byte checked.
 
-    Raises DisksDamaged where one is wrong, OSError where one can't be read. They can be used while
-    nobody removes the template.
+    Whoever removes the template, or makes it anew, changes nothing of them. Raises DisksDamaged
+    where one is wrong, OSError where one can't be read or kept; nothing is left then.
     """
-    return FrozenDisks(
-        layers={
+    if not saved:
+        return NO_DISKS
+    kept = new_directory(beside=room / "disks")
+    try:
+        layers = {
             serial: tuple(
-                _find(layer, directory / f"{serial}.{number}")
-                for number, layer in enumerate(layers)
+                _load(layer, directory / name, kept / name)
+                for name, layer in _files_of(serial, layers)
             )
             for serial, layers in saved.items()
         }
-    )
+    except BaseException:
+        remove_directory(kept)
+        raise
+    return FrozenDisks(layers=layers, directory=kept)
+
+
+def check_disks(saved: SavedDisks, directory: Path) -> None:
+    """Compare every byte; raises what `load_disks` does."""
+    for serial, layers in saved.items():
+        for name, layer in _files_of(serial, layers):
+            with _opened(directory / name) as file:
+                _check(layer, file, directory / name)
 
 
 def parse_saved_disks(form: object) -> SavedDisks:
@@ -94,8 +116,24 @@ def _save(layer: Layer, path: Path) -> SavedLayer:
     return SavedLayer(format=layer.format, bytes=size, sha256=digest)
 
 
-def _find(saved: SavedLayer, path: Path) -> Layer:
-    with OwnedFd(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)) as file:
-        if (os.fstat(file).st_size, hash_sparse(file)) != (saved.bytes, saved.sha256):
-            raise DisksDamaged(f"{path}: it is not what the manifest says")
-    return Layer(file=path, format=DiskFormat(saved.format))
+def _files_of(serial: str, layers: Sequence[SavedLayer]) -> Iterator[tuple[str, SavedLayer]]:
+    return ((f"{serial}.{number}", layer) for number, layer in enumerate(layers))
+
+
+def _load(saved: SavedLayer, path: Path, name: Path) -> Layer:
+    with _opened(path) as file:
+        keep(file, name)
+    with _opened(name) as kept:  # what machines get, be it a copy
+        _check(saved, kept, path)
+    return Layer(file=name, format=DiskFormat(saved.format))
+
+
+def _opened(path: Path) -> OwnedFd:
+    # O_NONBLOCK: nobody waits for whoever would write to a pipe.
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    return OwnedFd(os.open(path, flags))
+
+
+def _check(saved: SavedLayer, file: OwnedFd, path: Path) -> None:
+    if (os.fstat(file).st_size, hash_sparse(file)) != (saved.bytes, saved.sha256):
+        raise DisksDamaged(f"{path}: it is not what the manifest says")

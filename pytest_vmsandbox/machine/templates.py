@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import platform
 import shlex
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from functools import partial
@@ -36,11 +36,15 @@ NAME = "template"
 class Templates:
     """Frozen machines by what they are made of; `close` gives their memory back.
 
-    `incidents` tells of those that the cache could not take.
+    `room` is the directory for disks of those that were read; `incidents` tells of those that the
+    cache could not take.
     """
 
-    def __init__(self, cache: TemplateCache, *, progress: Progress) -> None:
+    def __init__(
+        self, cache: TemplateCache, *, room: Callable[[], Path], progress: Progress
+    ) -> None:
         self._cache = cache
+        self._room = room
         self._progress = progress
         self._kept: dict[str, Kept] = {}
         self._finding = asyncio.Lock()
@@ -86,7 +90,9 @@ class Templates:
         """The template of that recipe, if we have it or it is in the cache and whole."""
         if recipe.digest not in self._kept:
             # What was loaded for somebody who waits no more is given back at once.
-            loading = asyncio.create_task(asyncio.to_thread(self._cache.load, recipe))
+            loading = asyncio.create_task(
+                asyncio.to_thread(self._cache.load, recipe, room=self._room())
+            )
             try:
                 found = await asyncio.shield(loading)
             except asyncio.CancelledError:

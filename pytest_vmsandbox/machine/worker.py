@@ -102,7 +102,11 @@ class Worker:
         self._entering = asyncio.Lock()
         # Those that tests prepared, by name.
         self.prepared: dict[str, Template] = {}
-        self.templates = Templates(TemplateCache(settings.cache_dir), progress=self._progress)
+        self.templates = Templates(
+            TemplateCache(settings.cache_dir),
+            room=lambda: self.directory.path,
+            progress=self._progress,
+        )
         self._lifecycles = Lifecycles(self.templates)
         self._pool = Pool(self._make)
         self._made: list[MachineSpec] = []

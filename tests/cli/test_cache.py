@@ -15,6 +15,7 @@ import pytest
 from pytest_vmsandbox.machine.memory_file import MEMORY
 from pytest_vmsandbox.machine.template import MANIFEST
 from pytest_vmsandbox.machine.template_cache import TemplateCache
+from pytest_vmsandbox.machine.template_shelf import MARK
 from tests.dead_runs import CHECKOUT
 from tests.machine.handmade import (
     RECIPE,
@@ -81,7 +82,7 @@ def test_the_list_says_what_each_is_and_who_stands_on_whom(cache: TemplateCache)
 
 
 def test_the_list_says_what_is_in_use(cache: TemplateCache) -> None:
-    kept = cache.load(RECIPE)
+    kept = cache.load(RECIPE, room=cache.directory.parent)
     assert kept is not None
     with closing(kept):
         assert {title: row["in_use"] for title, row in _rows(cache).items()} == {
@@ -127,21 +128,21 @@ def test_clear_removes_all(cache: TemplateCache) -> None:
 
     assert (done.returncode, done.stderr) == (0, "")
     assert len(done.stdout.splitlines()) == 2
-    assert [path.name for path in cache.directory.iterdir()] == [".lock"]
+    assert {path.name for path in cache.directory.iterdir()} == {".lock", MARK}
 
 
 def test_clear_removes_what_killed_builders_left(cache: TemplateCache) -> None:
-    for name in (".new-0123", ".old-0123"):
+    for name in (".new-" + 32 * "0", ".old-" + 32 * "a"):
         (cache.directory / name).mkdir()
         (cache.directory / name / MEMORY).write_text("half")
 
     assert _run(cache, "clear").returncode == 0
 
-    assert [path.name for path in cache.directory.iterdir()] == [".lock"]
+    assert {path.name for path in cache.directory.iterdir()} == {".lock", MARK}
 
 
 def test_clear_leaves_what_is_in_use_and_says_so(cache: TemplateCache) -> None:
-    kept = cache.load(LAYER)
+    kept = cache.load(LAYER, room=cache.directory.parent)
     assert kept is not None
     with closing(kept):
         done = _run(cache, "clear")

@@ -116,7 +116,7 @@ def main(place: Path, seed: int, tmpfs_bytes: int | None) -> None:
         publish(cache, frozen_by_hand(seed)).close()
     except OSError as error:
         there = sorted(path.name for path in cache.directory.iterdir())
-        sys.stdout.write(f"{error.strerror} {there} {cache.load(RECIPE)}\n")
+        sys.stdout.write(f"{error.strerror} {there} {cache.load(RECIPE, room=place)}\n")
     else:
         sys.stdout.write("published\n")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import shutil
 import struct
 import threading
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from pytest_vmsandbox import (
     AsyncMachine,
     ChannelLost,
     CommandFailed,
+    Disk,
     Machine,
     MachineFactory,
     RequestInvalid,
@@ -25,6 +27,7 @@ from pytest_vmsandbox.machine.memory_file import MEMORY, PAGES
 from pytest_vmsandbox.machine.spec import MachineSpec
 from pytest_vmsandbox.machine.template import read_manifest
 from pytest_vmsandbox.machine.template_builder import Setup
+from pytest_vmsandbox.machine.template_shelf import MARK, NAME
 from pytest_vmsandbox.machine.worker import Worker, WorkerSettings
 from tests.machine.template_caches import make_cache
 
@@ -183,7 +186,7 @@ def test_a_template_stands_on_a_template(worker: Worker, builder: Builder, cache
         assert (vm.read_text("/root/first"), vm.read_text("/root/second")) == ("1\n", "2\n")
     with Restored(worker, below) as vm:
         assert vm.run("test -e /root/second").returncode == 1
-    places = [cache_dir / "templates" / digest[:32] for digest in (below.root, above.digest)]
+    places = [cache_dir / NAME / digest[:32] for digest in (below.root, above.digest)]
     taken = [(place / MEMORY).stat().st_blocks * 512 for place in places]
     assert taken[1] < taken[0] / 4
     assert read_manifest(places[1]).base is not None
@@ -286,7 +289,7 @@ def test_what_a_setup_raises_goes_on_and_nothing_is_kept(
             builder.build(setup=setup, name="failing")
         assert "setup" in [entry.name for entry in raised.traceback]
 
-    assert _names(cache_dir) - before <= {".lock"} | {
+    assert _names(cache_dir) - before <= {".lock", MARK} | {
         name for name in _names(cache_dir) if len(name) == 32
     }
     assert builder.ended == len(builder.prepared) == 2
@@ -295,7 +298,7 @@ def test_what_a_setup_raises_goes_on_and_nothing_is_kept(
 
 
 def _names(cache_dir: Path) -> set[str]:
-    directory = cache_dir / "templates"
+    directory = cache_dir / NAME
     return {path.name for path in directory.iterdir()} if directory.is_dir() else set()
 
 
@@ -378,7 +381,7 @@ def test_a_damaged_base_is_made_anew_and_all_that_stood_on_it(
 
     first = Builder(new_worker("one"))
     template = first.build(setup=setup, name="twice")
-    _flip_a_bit(cache_dir / "templates" / template.root[:32])
+    _flip_a_bit(cache_dir / NAME / template.root[:32])
 
     second = Builder(new_worker("two"))
     again = second.build(setup=setup, name="twice")
@@ -387,6 +390,32 @@ def test_a_damaged_base_is_made_anew_and_all_that_stood_on_it(
     for builder, one in ((first, template), (second, again)):
         with Restored(builder._worker, one) as vm:
             assert vm.read_text("/root/word") == word
+
+
+@pytest.mark.parametrize("what", ["removed", "made anew"])
+def test_who_has_read_it_has_its_disks_whatever_becomes_of_it(
+    new_worker: Callable[[str], Worker], cache_dir: Path, *, what: str
+) -> None:
+    disk = "/dev/disk/by-id/virtio-disk0"
+
+    def setup(vm: Machine) -> None:  # each making of it has another word
+        vm.run(f"cat /proc/sys/kernel/random/uuid | tee /dev/shm/word >{disk}; sync", check=True)
+
+    def build(name: str) -> tuple[Builder, Template]:
+        builder = Builder(new_worker(name))
+        wishes = {"name": f"disk {what}", "disks": [Disk(size="8M")], "key": what}
+        return builder, builder.build(setup=setup, **wishes)  # type: ignore[arg-type]
+
+    build("maker")
+    reader, template = build("reader")
+    assert reader.prepared == []
+    shutil.rmtree(cache_dir / NAME / template.digest[:32])
+    if what == "made anew":
+        assert len(build("second maker")[0].prepared) == 1
+
+    with Restored(reader._worker, template) as vm:
+        word = vm.read_text("/dev/shm/word")
+        assert vm.run(f"head -c {len(word)} {disk}").stdout == word
 
 
 def _flip_a_bit(place: Path) -> None:

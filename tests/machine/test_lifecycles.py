@@ -168,7 +168,9 @@ async def _while_another_makes_it(
 
 @contextmanager
 def _lifecycles(worker: Worker, *, cache: Path) -> Iterator[Lifecycles]:
-    with closing(Templates(TemplateCache(cache), progress=SilentProgress())) as templates:
+    with closing(
+        Templates(TemplateCache(cache), room=lambda: cache, progress=SilentProgress())
+    ) as templates:
         yield Lifecycles(templates)
 
 

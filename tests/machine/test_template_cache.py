@@ -28,6 +28,7 @@ from pytest_vmsandbox.machine.template import (
     read_manifest,
 )
 from pytest_vmsandbox.machine.template_cache import Kept, TemplateCache
+from pytest_vmsandbox.machine.template_shelf import MARK, NAME
 from tests.machine.handmade import (
     MEMORY_BYTES,
     PAGE,
@@ -65,7 +66,7 @@ def place(cache: TemplateCache) -> Path:
 
 def loads_as(cache: TemplateCache, recipe: Recipe = RECIPE) -> bytes | None:
     """The memory of what is loaded; None where nothing is."""
-    kept = cache.load(recipe)
+    kept = cache.load(recipe, room=cache.directory.parent)
     if kept is None:
         return None
     with closing(kept):
@@ -75,7 +76,7 @@ def loads_as(cache: TemplateCache, recipe: Recipe = RECIPE) -> bytes | None:
 
 def used(cache: TemplateCache, recipe: Recipe = RECIPE) -> Kept:
     """The template, in use until it is closed."""
-    kept = cache.load(recipe)
+    kept = cache.load(recipe, room=cache.directory.parent)
     assert kept is not None
     return kept
 
@@ -97,7 +98,7 @@ def test_what_was_published_is_loaded_to_the_last_byte(cache: TemplateCache) -> 
 
 
 def test_nothing_is_loaded_where_nothing_is_and_nothing_is_made(tmp_path: Path) -> None:
-    assert TemplateCache(tmp_path / "nowhere").load(RECIPE) is None
+    assert TemplateCache(tmp_path / "nowhere").load(RECIPE, room=tmp_path) is None
     assert TemplateCache(tmp_path / "nowhere").shelved() == []
     assert names_in(tmp_path) == set()
 
@@ -188,7 +189,7 @@ def test_a_damaged_one_is_replaced_by_whoever_makes_it_anew(
 
     with closing(frozen_by_hand(2)) as expected:
         assert loads_as(cache) == content_of(expected)
-    assert names_in(cache.directory) == {place.name, ".lock"}
+    assert names_in(cache.directory) == {place.name, ".lock", MARK}
 
 
 def test_one_of_another_vmm_under_our_name_is_not_ours(cache: TemplateCache, place: Path) -> None:
@@ -289,7 +290,7 @@ def test_a_base_is_not_removed_while_one_stands_on_it(
     assert not cache.remove(base)
     assert cache.remove(layer)
     assert cache.remove(base)
-    assert names_in(cache.directory) == {".lock"}
+    assert names_in(cache.directory) == {".lock", MARK}
 
 
 def test_a_layer_in_use_keeps_its_base(cache: TemplateCache, layers: tuple[Path, Path]) -> None:
@@ -310,14 +311,15 @@ def test_what_is_in_use_is_not_removed_and_afterwards_it_is(
         assert place.is_dir()
 
     assert cache.remove(place)
-    assert names_in(cache.directory) == {".lock"}
+    assert names_in(cache.directory) == {".lock", MARK}
 
 
 def test_what_a_killed_process_used_is_in_use_no_more(cache: TemplateCache, place: Path) -> None:
     program = (
         "import sys; from pathlib import Path\n"
         "from tests.machine.handmade import RECIPE, TemplateCache\n"
-        "kept = TemplateCache(Path(sys.argv[1])).load(RECIPE); print('in use', flush=True)\n"
+        "kept = TemplateCache(Path(sys.argv[1])).load(RECIPE, room=Path()); "
+        "print('in use', flush=True)\n"
         "sys.stdin.read()"
     )
     with subprocess.Popen(
@@ -384,7 +386,7 @@ def test_of_two_who_want_the_same_one_the_second_waits(cache: TemplateCache) -> 
     asyncio.run(both())
 
     assert order == ["one in", "other waits", "one out", "other in", "other out"]
-    assert names_in(cache.directory) == {".lock"}
+    assert names_in(cache.directory) == {".lock", MARK}
 
 
 def test_who_waits_too_long_is_told_so(cache: TemplateCache) -> None:
@@ -412,7 +414,7 @@ def test_whoever_fails_leaves_nothing(cache: TemplateCache) -> None:
     with pytest.raises(OSError, match="no"):
         asyncio.run(make())
 
-    assert names_in(cache.directory) == {".lock"}
+    assert names_in(cache.directory) == {".lock", MARK}
 
 
 def test_a_builder_killed_at_any_moment_leaves_all_or_nothing(tmp_path: Path) -> None:
@@ -466,7 +468,9 @@ def test_a_full_disk_is_told_and_leaves_nothing_half_made(tmp_path: Path, size: 
         check=False,
     )
 
-    assert done.stdout == "begins\nNo space left on device ['.lock'] None\n", done.stderr
+    assert done.stdout == "begins\nNo space left on device ['.lock', 'CACHEDIR.TAG'] None\n", (
+        done.stderr
+    )
 
 
 # Whose it is
@@ -493,14 +497,14 @@ def test_a_directory_of_somebody_else_is_refused(cache: TemplateCache, place: Pa
 
 
 def test_a_file_in_the_place_of_the_directory_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "templates").write_text("")
+    (tmp_path / NAME).write_text("")
 
     with pytest.raises((RequestInvalid, OSError)):
-        TemplateCache(tmp_path).load(RECIPE)
+        TemplateCache(tmp_path).load(RECIPE, room=tmp_path)
 
 
 def _uses(cache: TemplateCache) -> Iterator[Callable[[], object]]:
-    yield lambda: cache.load(RECIPE)
+    yield lambda: cache.load(RECIPE, room=cache.directory.parent)
     yield cache.shelved
     yield lambda: publish(cache, frozen_by_hand(1))
 

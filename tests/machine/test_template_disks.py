@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
+from pytest_vmsandbox.linux import OwnedFd
 from pytest_vmsandbox.machine.disk_plan import DiskPlan
-from pytest_vmsandbox.machine.disks import Disks, FrozenDisks
+from pytest_vmsandbox.machine.disks import Disks, FrozenDisks, keep
 from pytest_vmsandbox.machine.template_disks import (
     DisksDamaged,
     SavedDisks,
-    find_disks,
+    load_disks,
     parse_saved_disks,
     save_disks,
 )
@@ -44,7 +48,7 @@ def saved(tmp_path: Path) -> SavedDisks:
 
 
 def test_what_was_saved_is_found_to_the_last_byte(tmp_path: Path, saved: SavedDisks) -> None:
-    found = find_disks(saved, tmp_path / "template")
+    found = load_disks(saved, tmp_path / "template", room=tmp_path)
 
     (layer,) = found.layers["disk0"]
     assert Path(str(layer.file)).read_bytes() == b"written".ljust(SIZE, b"\0")
@@ -79,6 +83,55 @@ def test_a_machine_keeps_its_layers_when_what_was_frozen_is_gone(tmp_path: Path)
     assert list((tmp_path / "twin").iterdir()) == []
 
 
+@pytest.mark.parametrize("what", ["removed", "made anew"])
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["one file system", "another one"])
+def test_what_was_read_stays_whatever_becomes_of_the_template(
+    tmp_path: Path, saved: SavedDisks, *, what: str, elsewhere: bool
+) -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if elsewhere else tmp_path) as room:
+        with closing(load_disks(saved, tmp_path / "template", room=Path(room))) as found:
+            shutil.rmtree(tmp_path / "template")
+            if what == "made anew":
+                (tmp_path / "template").mkdir()
+                with closing(_frozen(tmp_path / "other", b"another making")) as other:
+                    save_disks(other, tmp_path / "template")
+
+            with closing(Disks(found.under([PLAN]), directory=tmp_path / "machine")) as disks:
+                (stack,) = disks.open()
+                content = Path(str(stack.layers[1].file)).read_bytes()
+                assert content == b"written".ljust(SIZE, b"\0")
+        assert list(Path(room).iterdir()) == []
+
+
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["one file system", "another one"])
+def test_a_file_is_kept_though_it_has_no_name_any_more(tmp_path: Path, *, elsewhere: bool) -> None:
+    (tmp_path / "old").write_bytes(b"this one")
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if elsewhere else tmp_path) as room:
+        with OwnedFd(os.open(tmp_path / "old", os.O_RDONLY | os.O_CLOEXEC)) as file:
+            (tmp_path / "old").unlink()
+            (tmp_path / "old").write_bytes(b"another")
+            keep(file, Path(room) / "kept")
+
+        assert (Path(room) / "kept").read_bytes() == b"this one"
+
+
+def test_disks_on_one_file_system_are_kept_without_a_copy(
+    tmp_path: Path, saved: SavedDisks
+) -> None:
+    with closing(load_disks(saved, tmp_path / "template", room=tmp_path)) as found:
+        (layer,) = found.layers["disk0"]
+        assert Path(str(layer.file)).samefile(tmp_path / "template" / "disk0.0")
+        assert Path(str(layer.file)) != tmp_path / "template" / "disk0.0"
+
+
+def test_a_pipe_in_the_place_of_a_disk_is_seen(tmp_path: Path, saved: SavedDisks) -> None:
+    (tmp_path / "template" / "disk0.0").unlink()
+    os.mkfifo(tmp_path / "template" / "disk0.0")
+
+    with pytest.raises((DisksDamaged, OSError)):
+        load_disks(saved, tmp_path / "template", room=tmp_path)
+
+
 @pytest.mark.parametrize("place", [0, 6, SIZE - 1])
 def test_a_byte_that_is_wrong_is_seen(tmp_path: Path, saved: SavedDisks, place: int) -> None:
     file = tmp_path / "template" / "disk0.0"
@@ -87,8 +140,10 @@ def test_a_byte_that_is_wrong_is_seen(tmp_path: Path, saved: SavedDisks, place: 
     file.chmod(0o600)
     file.write_bytes(content)
 
+    before = set(tmp_path.iterdir())
     with pytest.raises(DisksDamaged, match=r"disk0\.0"):
-        find_disks(saved, tmp_path / "template")
+        load_disks(saved, tmp_path / "template", room=tmp_path)
+    assert set(tmp_path.iterdir()) == before
 
 
 def test_a_disk_of_another_length_is_seen(tmp_path: Path, saved: SavedDisks) -> None:
@@ -96,7 +151,7 @@ def test_a_disk_of_another_length_is_seen(tmp_path: Path, saved: SavedDisks) -> 
     longer = {"disk0": (replace(layer, bytes=SIZE + 512),)}
 
     with pytest.raises(DisksDamaged):
-        find_disks(longer, tmp_path / "template")
+        load_disks(longer, tmp_path / "template", room=tmp_path)
 
 
 def test_a_disk_that_is_a_link_is_refused(tmp_path: Path, saved: SavedDisks) -> None:
@@ -105,7 +160,7 @@ def test_a_disk_that_is_a_link_is_refused(tmp_path: Path, saved: SavedDisks) -> 
     file.symlink_to(tmp_path / "elsewhere")
 
     with pytest.raises(OSError, match="symbolic links"):
-        find_disks(saved, tmp_path / "template")
+        load_disks(saved, tmp_path / "template", room=tmp_path)
 
 
 def test_what_a_manifest_says_is_read_back(saved: SavedDisks) -> None:

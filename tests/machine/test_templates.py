@@ -24,6 +24,7 @@ from pytest_vmsandbox.machine.controller import MachineController
 from pytest_vmsandbox.machine.memory_file import MEMORY, PAGES
 from pytest_vmsandbox.machine.spec import MachineSpec
 from pytest_vmsandbox.machine.template import CONSOLE, MANIFEST, STATE
+from pytest_vmsandbox.machine.template_shelf import MARK, NAME
 from pytest_vmsandbox.machine.templates import recipe_of
 from pytest_vmsandbox.machine.worker import Worker, WorkerSettings
 from tests.machine.template_caches import make_cache
@@ -53,7 +54,7 @@ class Session:
         """Where the template of the usual machine lies."""
         build: Build = self.worker.engine.run(self.worker.plan(SPEC))
         self.worker.engine.run(self.worker.end([MachineController(build)]))
-        return self.cache_dir / "templates" / recipe_of(build).digest[:32]
+        return self.cache_dir / NAME / recipe_of(build).digest[:32]
 
     @contextmanager
     def machine(self) -> Iterator[Machine]:
@@ -83,8 +84,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cache(whole: Path, tmp_path: Path) -> Path:
     """A copy of that cache."""
     make_cache(tmp_path / "cache")
-    shutil.copytree(whole / "templates", tmp_path / "cache" / "templates")
-    (tmp_path / "cache" / "templates").chmod(0o700)
+    shutil.copytree(whole / NAME, tmp_path / "cache" / "templates")
+    (tmp_path / "cache" / NAME).chmod(0o700)
     return tmp_path / "cache"
 
 
@@ -158,11 +159,11 @@ def test_many_machines_leave_their_template_as_it_was(cache: Path) -> None:
 def test_a_cache_that_is_removed_under_a_session_harms_none_of_its_machines(cache: Path) -> None:
     with new_session(cache) as session:
         with session.machine() as first:
-            shutil.rmtree(cache / "templates")
+            shutil.rmtree(cache / NAME)
             assert first.run("true").returncode == 0
             with session.machine() as second:
                 assert second.run("true").returncode == 0
-        assert not (cache / "templates").exists()
+        assert not (cache / NAME).exists()
 
     with new_session(cache) as session, session.machine() as third:
         assert third.run("true").returncode == 0
@@ -225,8 +226,8 @@ def test_a_builder_killed_at_any_moment_is_followed_by_one_that_makes_it(
 
         with new_session(cache, run_dir=run_dir) as session, session.machine() as vm:
             assert vm.run("true").returncode == 0, SEED
-            names = {path.name for path in (cache / "templates").iterdir()}
-            assert names == {".lock", session.place.name}, SEED
+            names = {path.name for path in (cache / NAME).iterdir()}
+            assert names == {".lock", MARK, session.place.name}, SEED
         assert list(run_dir.glob("*")) == [], SEED
 
 
