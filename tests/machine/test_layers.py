@@ -411,7 +411,7 @@ def test_who_has_read_it_has_its_disks_whatever_becomes_of_it(
     assert reader.prepared == []
     shutil.rmtree(cache_dir / NAME / template.digest[:32])
     if what == "made anew":
-        assert len(build("second maker")[0].prepared) == 1
+        assert len(build("other")[0].prepared) == 1
 
     with Restored(reader._worker, template) as vm:
         word = vm.read_text("/dev/shm/word")

@@ -84,7 +84,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cache(whole: Path, tmp_path: Path) -> Path:
     """A copy of that cache."""
     make_cache(tmp_path / "cache")
-    shutil.copytree(whole / NAME, tmp_path / "cache" / "templates")
+    shutil.copytree(whole / NAME, tmp_path / "cache" / NAME)
     (tmp_path / "cache" / NAME).chmod(0o700)
     return tmp_path / "cache"
 
