@@ -23,25 +23,28 @@ async def off_loop(manager: AbstractContextManager[T]) -> AsyncIterator[T]:
     except asyncio.CancelledError:
         await _wait(entering)
         if entering.exception() is None:
-            await _to_its_end(_start(lambda: manager.__exit__(None, None, None)))
+            await to_its_end(_start(lambda: manager.__exit__(None, None, None)))
         raise
     try:
         yield value
     finally:
-        await _to_its_end(_start(lambda: manager.__exit__(None, None, None)))
+        await to_its_end(_start(lambda: manager.__exit__(None, None, None)))
 
 
 async def run_off_loop(work: Callable[[], T]) -> T:
     """What `work` returns or raises; a cancellation waits until it is through."""
-    return await _to_its_end(_start(work))
+    return await to_its_end(_start(work))
 
 
 def _start(work: Callable[[], T]) -> asyncio.Task[T]:
     return asyncio.create_task(asyncio.to_thread(work))
 
 
-async def _to_its_end(task: asyncio.Task[T]) -> T:
-    """What `task` returns or raises; a cancellation is passed on only once it is done."""
+async def to_its_end(task: asyncio.Future[T]) -> T:
+    """What `task` returns or raises; a cancellation is passed on only once it is done.
+
+    Nor does a second cancellation, or a third, leave it behind.
+    """
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
@@ -50,7 +53,7 @@ async def _to_its_end(task: asyncio.Task[T]) -> T:
         raise
 
 
-async def _wait(task: asyncio.Task[T]) -> None:
+async def _wait(task: asyncio.Future[T]) -> None:
     """Wait for its end, cancelled as often as may be: our caller raises the first one."""
     while not task.done():
         try:

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from functools import partial
 
 from pytest_vmsandbox.deadline import Deadline
-from pytest_vmsandbox.errors import RequestInvalid, TimedOut, VmSandboxError
-from pytest_vmsandbox.jail.off_loop import run_off_loop
+from pytest_vmsandbox.errors import RequestInvalid, TimedOut, VmmDied, VmSandboxError
+from pytest_vmsandbox.jail.off_loop import run_off_loop, to_its_end
 from pytest_vmsandbox.linux import OwnedFd
 from pytest_vmsandbox.machine.disks import NO_DISKS, Disks, FrozenDisks
 from pytest_vmsandbox.machine.frozen import Frozen, state_of
@@ -35,14 +35,20 @@ _UNLIMITED = 1 << 50
 _GO_ON_S = 10.0
 _POLL_S = 0.002
 _RUNS, _STANDS, _WAS_SENT = "running", "paused", "postmigrate"
+# A migration that is over, or never was (qapi/migration.json, MigrationStatus); whatever else it
+# is called, QEMU is still busy with it.
+_SETTLED = {"none", "completed", "failed", "cancelled"}
 
 
-async def capture(running: Running, disks: Disks, *, deadline: Deadline) -> Frozen:
+async def capture(
+    running: Running, disks: Disks, *, deadline: Deadline, time_scale: float
+) -> Frozen:
     """The machine as it is now, which is the caller's; it goes on, or stays paused if it was.
 
     RequestInvalid where something forbids it, StreamRefused where QEMU's own stream can't be read,
     TimedOut at the deadline, OSError where the host has no room for its disks. Whatever is raised,
-    the guest goes on as before, and nothing is left.
+    the guest goes on as before, and nothing is left; one that can't go on has failed, and all who
+    wait for it are told.
     """
     with ExitStack() as undo:
         memory = new_memory("vmsandbox-fork", size=running.order.config.memory_mib << 20)
@@ -50,7 +56,7 @@ async def capture(running: Running, disks: Disks, *, deadline: Deadline) -> Froz
         try:
             async with asyncio.timeout(deadline.timeout_s):
                 taken = await running.unless_it_fails(
-                    _capture(running, memory, disks, undo, deadline=deadline)
+                    _capture(running, memory, disks, undo, deadline=deadline, time_scale=time_scale)
                 )
         except TimeoutError as error:
             if isinstance(error, TimedOut):
@@ -84,7 +90,13 @@ class _Taken:
 
 
 async def _capture(
-    running: Running, memory: GuestMemory, disks: Disks, undo: ExitStack, *, deadline: Deadline
+    running: Running,
+    memory: GuestMemory,
+    disks: Disks,
+    undo: ExitStack,
+    *,
+    deadline: Deadline,
+    time_scale: float,
 ) -> _Taken:
     """Write its memory to `memory`, and give the rest; `undo` is told how to remove the disks."""
     qmp = running.qmp
@@ -97,7 +109,7 @@ async def _capture(
         undo.callback(frozen.close)
         return frozen
 
-    async with _standing_still(running, deadline=deadline):
+    async with _standing_still(running, deadline=deadline, go_on_s=_GO_ON_S * time_scale):
         # Closed before the guest goes on: QEMU may wait for a reader, and answers nobody then.
         with _pipe() as (reading, writing):
             await qmp.send_file(_STREAM, writing, deadline=deadline)
@@ -152,7 +164,9 @@ async def _read(reading: OwnedFd, splitter: StreamSplitter) -> None:
 
 
 @asynccontextmanager
-async def _standing_still(running: Running, *, deadline: Deadline) -> AsyncIterator[None]:
+async def _standing_still(
+    running: Running, *, deadline: Deadline, go_on_s: float
+) -> AsyncIterator[None]:
     """The guest's processors stop for the block, and go on after it unless they stood before."""
     was = await _status(running, deadline=deadline)
     if was not in (_RUNS, _STANDS):
@@ -166,21 +180,27 @@ async def _standing_still(running: Running, *, deadline: Deadline) -> AsyncItera
             await running.qmp.execute("stop", deadline=deadline)
         yield
     finally:
-        # Also for a caller who was cancelled: the guest must not stand for ever.
-        await asyncio.shield(asyncio.create_task(_go_on(running, runs=was == _RUNS)))
+        # Also for a caller who is cancelled, however often: the guest must not stand for ever.
+        in_time = Deadline.after(seconds=go_on_s)
+        await to_its_end(asyncio.create_task(_go_on(running, runs=was == _RUNS, deadline=in_time)))
 
 
-async def _go_on(running: Running, *, runs: bool) -> None:
-    """Nothing of a migration is under way any more, and the guest runs if it did."""
-    deadline = Deadline.after(seconds=_GO_ON_S)
-    # A VMM that has died, or does not answer, is somebody else's to find out.
-    with suppress(VmSandboxError):
-        while await _migration(running, deadline=deadline) in ("setup", "active", "cancelling"):
+async def _go_on(running: Running, *, runs: bool, deadline: Deadline) -> None:
+    """Nothing of a migration is under way any more, and the guest runs if it did.
+
+    Where that can't be, the machine has failed.
+    """
+    try:
+        while await _migration(running, deadline=deadline) not in _SETTLED:
             await running.qmp.execute("migrate_cancel", deadline=deadline)
             await asyncio.sleep(_POLL_S)
         if runs:
             await running.qmp.execute("cont", deadline=deadline)
             running.channel.heartbeat.resume()
+    except VmSandboxError as error:
+        await running.settle()  # what it died of, if it did, is known in a moment
+        cause = f"the guest does not go on after it was copied: {error}"
+        running.fail(running.failed(VmmDied, cause))
 
 
 async def _require_completed(running: Running, *, deadline: Deadline) -> None:

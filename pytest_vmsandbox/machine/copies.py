@@ -146,9 +146,12 @@ class Copies(Power):
 
     async def close(self) -> None:
         """End it for good, and its snapshots with it. Safe to repeat."""
-        for snapshot in self._snapshots:
-            snapshot.close()
-        await super().close()
+        try:
+            await super().close()
+        finally:
+            # Last: one that was being taken may have become one of them.
+            for snapshot in self._snapshots:
+                snapshot.close()
 
     async def _captured(self, deadline: Deadline) -> Frozen:
         running = self._on()
@@ -161,7 +164,9 @@ class Copies(Power):
                     return self._as_paused.copy()
                 self._forget_pause()
                 with self.timings.measuring("capture_s"):
-                    frozen = await capture(running, self.disks, deadline=deadline)
+                    frozen = await capture(
+                        running, self.disks, deadline=deadline, time_scale=self.build.time_scale
+                    )
                 try:
                     if await is_as_it_was_sent(running, deadline):
                         self._as_paused = frozen.copy()

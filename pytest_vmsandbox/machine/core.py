@@ -39,7 +39,8 @@ class MachineCore:
         self.failure_was_told = False
         self._running: Running | None = None
         self._last: Running | None = None
-        self._remembered = Evidence()
+        # What there was to look at when its directory was removed.
+        self._remembered: Evidence | None = None
         self._closed = False
 
     @property
@@ -83,7 +84,9 @@ class MachineCore:
 
     def evidence(self) -> Evidence:
         """What there is to look at, also after its end."""
-        return self._last.evidence() if self._last and not self._closed else self._remembered
+        if self._remembered is not None:
+            return self._remembered
+        return self._last.evidence() if self._last else Evidence()
 
     async def qmp(self, command: str, arguments: Mapping[str, object] | None = None) -> object:
         """What QEMU returns for a QMP command (qemu-qmp-ref(7)): the way around our verbs.

@@ -10,6 +10,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from pytest_vmsandbox.errors import RequestInvalid
 from pytest_vmsandbox.linux import OwnedFd
 from pytest_vmsandbox.machine.disk_plan import DiskPlan
 from pytest_vmsandbox.machine.sparse import clone
@@ -73,12 +74,16 @@ class Disks:
         self._directory = directory
         self._stacks: tuple[DiskStack, ...] | None = None
         self._held = ExitStack()
+        self._closed = False
 
     def open(self) -> tuple[DiskStack, ...]:
         """The disks with all that was written to them so far, for a VMM.
 
-        Raises OSError where the host has no room for them; nothing is left then.
+        Raises OSError where the host has no room for them; nothing is left then. RequestInvalid
+        once they are closed: what was written is gone, and fresh ones would hide that.
         """
+        if self._closed:
+            raise RequestInvalid(f"the disks in {self._directory} have been removed")
         if self._stacks is None:
             with ExitStack() as undo:
                 directory = new_directory(beside=self._directory / "disks")
@@ -111,6 +116,7 @@ class Disks:
 
     def close(self) -> None:
         """Remove what was written; safe to repeat. No VMM may have them any more."""
+        self._closed = True
         self._held.close()
         self._stacks = None
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from pytest_vmsandbox.linux import OwnedFd
 from pytest_vmsandbox.machine.disks import NO_DISKS, FrozenDisks
-from pytest_vmsandbox.machine.memory import GuestMemory
+from pytest_vmsandbox.machine.memory import GuestMemory, seal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,11 +56,12 @@ class Frozen:
 
 
 def state_of(content: bytes) -> OwnedFd:
-    """A file in memory that holds the state of devices; its holder closes it."""
+    """A sealed file in memory that holds the state of devices; its holder closes it."""
     file = new_state()
     try:
         with open(os.dup(file), "wb") as writer:  # noqa: PTH123 - a descriptor has no path
             writer.write(content)
+        seal(file)
     except BaseException:
         file.close()
         raise
@@ -68,5 +69,10 @@ def state_of(content: bytes) -> OwnedFd:
 
 
 def new_state() -> OwnedFd:
-    """An empty file in memory for QEMU to write the state of its devices to."""
-    return OwnedFd(os.memfd_create("vmsandbox-state", os.MFD_CLOEXEC))
+    """An empty file in memory for QEMU to write the state of its devices to.
+
+    Whoever freezes seals it once QEMU has ended: a VMM that is restored from it holds it too, and
+    opens it anew for writing by /proc/self/fd, whatever it was handed.
+    """
+    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+    return OwnedFd(os.memfd_create("vmsandbox-state", flags))

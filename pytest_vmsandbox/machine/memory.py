@@ -29,12 +29,22 @@ class GuestMemory(OwnedFd):
 
     def seal(self) -> None:
         """Forbid every change, for good. OSError (EBUSY) while a VMM has it mapped for writing."""
-        fcntl.fcntl(self, fcntl.F_ADD_SEALS, _ALL_SEALS)
+        seal(self)
 
     @property
     def sealed(self) -> bool:
         """Whether nobody can change it any more."""
-        return fcntl.fcntl(self, fcntl.F_GET_SEALS) == _ALL_SEALS
+        return is_sealed(self)
+
+
+def seal(file: int) -> None:
+    """Forbid every change of a file in memory, for good; OSError where that can't be."""
+    fcntl.fcntl(file, fcntl.F_ADD_SEALS, _ALL_SEALS)
+
+
+def is_sealed(file: int) -> bool:
+    """Whether nobody can change that file in memory any more."""
+    return fcntl.fcntl(file, fcntl.F_GET_SEALS) == _ALL_SEALS
 
 
 def new_memory(name: str, *, size: int) -> GuestMemory:

@@ -6,6 +6,7 @@ import asyncio
 import secrets
 from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from pytest_vmsandbox.deadline import Deadline
@@ -111,30 +112,36 @@ class Power(MachineCore):
 
     async def close(self) -> None:
         """End it for good: neither process nor file of it is left. Safe to repeat."""
+        self._closed = True  # whoever is about to power it on, or to restore it, gives up
         with self.timings.measuring("teardown_s"):
             await self.power_cut()
-            self._remembered = self.evidence()
-            self._closed = True
-            if self.build.disks:
-                await run_off_loop(self.disks.close)
-            # What resists, or is mounted there and not to be taken off by us, is left to the end
-            # of the run, which has sudo, and tells of what it can't remove.
-            with suppress(TeardownRefused):
-                await asyncio.to_thread(tear_down, self.build.config.directory)
+            # Whoever takes it in, or restores it, fails now, and then lets go of its disks.
+            async with self._changing:
+                self._remembered = self.evidence()
+                if self.build.disks:
+                    await run_off_loop(self.disks.close)
+                # What resists, or is mounted there and not to be taken off by us, is left to the
+                # end of the run, which has sudo, and tells of what it can't remove.
+                with suppress(TeardownRefused):
+                    await asyncio.to_thread(tear_down, self.build.config.directory)
 
     async def _power_on_from(self, frozen: Frozen, *, timeout: float | None) -> None:
         """Power it on as itself of another time; it boots again as ever when that fails."""
         if self.build.disks:
-            plans = frozen.disks.under(self.build.disks)
-            disks = Disks(plans, directory=self.build.config.directory)
-            await run_off_loop(disks.open)
-            await run_off_loop(self.disks.close)
-            self.disks = disks
+            await run_off_loop(partial(self._take_disks, frozen))
         self._to_restore, self._is_itself = frozen, True
         try:
             await self.power_on(timeout=timeout)
         finally:
             self._to_restore, self._is_itself = None, False
+
+    def _take_disks(self, frozen: Frozen) -> None:
+        """Begin with the disks that were frozen; where that fails, it keeps those that it has."""
+        plans = frozen.disks.under(self.build.disks)
+        disks = Disks(plans, directory=self.build.config.directory)
+        disks.open()
+        disks, self.disks = self.disks, disks
+        disks.close()
 
     async def _boot_patiently(self, deadline: Deadline) -> None:
         """Boot it, and once more if the first boot hangs."""

@@ -22,6 +22,7 @@ from pytest_vmsandbox.errors import (
 )
 from pytest_vmsandbox.guest.channel import Channel, open_channel
 from pytest_vmsandbox.guest.messages import Identity
+from pytest_vmsandbox.jail.off_loop import to_its_end
 from pytest_vmsandbox.machine.console import Console, ConsoleLine, KernelTrouble
 from pytest_vmsandbox.machine.frozen import Frozen
 from pytest_vmsandbox.machine.order import PowerOn
@@ -132,7 +133,8 @@ class Running:
         finally:
             for task in both:
                 task.cancel()
-            await asyncio.gather(*both, return_exceptions=True)
+            # What the work still uses is its caller's to give back, who goes on only afterwards.
+            await to_its_end(asyncio.gather(*both, return_exceptions=True))
 
     async def wait_answering(self, *, deadline: Deadline) -> None:
         """Return once the agent answers: at once, but for a guest that is just rebooting."""

@@ -20,7 +20,7 @@ from pytest_vmsandbox.machine.controller import MachineController
 from pytest_vmsandbox.machine.freezing import freeze
 from pytest_vmsandbox.machine.frozen import Frozen
 from pytest_vmsandbox.machine.layer import Template
-from pytest_vmsandbox.machine.memory import GuestMemory, new_memory
+from pytest_vmsandbox.machine.memory import GuestMemory, new_memory, seal
 from pytest_vmsandbox.machine.template import Recipe, Standing, save_template
 from pytest_vmsandbox.machine.template_cache import Kept, Making, TemplateCache
 from pytest_vmsandbox.vmm.launch import Handed, Memory, VmmView
@@ -190,6 +190,7 @@ async def freeze_for_good(machine: MachineController, memory: GuestMemory) -> Fr
         await machine.power_cut()
         disks = await run_off_loop(machine.disks.freeze)
         memory.seal()  # the VMM is gone, which had it mapped
+        seal(state)
     except BaseException:
         state.close()
         raise

@@ -21,7 +21,8 @@ from pathlib import Path
 from pytest_vmsandbox.deadline import Deadline
 from pytest_vmsandbox.host.facts import Tier
 from pytest_vmsandbox.linux import CloneFlags, MountFlags, mount, unshare
-from pytest_vmsandbox.machine.memory import GuestMemory, new_memory
+from pytest_vmsandbox.machine.frozen import state_of
+from pytest_vmsandbox.machine.memory import new_memory
 from pytest_vmsandbox.machine.warden_launcher import WardenLauncher
 from pytest_vmsandbox.vmm.bare import BareLauncher
 from pytest_vmsandbox.vmm.launch import Handed, Launcher, LaunchRequest, Memory, VmmProcess
@@ -327,30 +328,32 @@ async def _send_descriptor() -> str:
 
 
 async def memory(tier: Tier) -> dict[str, object]:
-    """Hand over a template's memory, and memory that is not sealed: what came of each."""
+    """Hand over a template's memory and state, and memory that is open: what came of each."""
     with (
         new_memory("sealed", size=_MEMORY_BYTES) as sealed,
+        state_of(os.urandom(_MEMORY_BYTES)) as state,
         new_memory("open", size=_MEMORY_BYTES) as unsealed,
     ):
         for each in (sealed, unsealed):
             os.pwrite(each, os.urandom(_MEMORY_BYTES), 0)
         sealed.seal()
-        before = _content(sealed)
+        before = _content(sealed), _content(state)
         async with ground(tier) as place:
-            handed = (Memory(sealed), Memory(unsealed))
+            handed = (Memory(sealed), Memory(state), Memory(unsealed))
             request = place.request("hostile", "vandal", memories=handed)
             async with place.launchers[0].launch(request) as process:
                 tried = json.loads(await _said(process, "tried", request.log))
-        first, second = request.argv[-2:]
+        first, second, third = request.argv[-3:]
         return {
-            "sealed": tried[first],
-            "unsealed": tried[second],
-            "untouched": _content(sealed) == before,
+            "memory": tried[first],
+            "state": tried[second],
+            "unsealed": tried[third],
+            "untouched": (_content(sealed), _content(state)) == before,
         }
 
 
-def _content(memory: GuestMemory) -> bytes:
-    return os.pread(memory, memory.size + 1, 0)
+def _content(memory: int) -> bytes:
+    return os.pread(memory, os.fstat(memory).st_size + 1, 0)
 
 
 async def flight(tier: Tier) -> dict[str, object]:

@@ -18,6 +18,7 @@ from pytest_vmsandbox.image.progress import SilentProgress
 from pytest_vmsandbox.machine.build import Build
 from pytest_vmsandbox.machine.controller import MachineController
 from pytest_vmsandbox.machine.lifecycles import Lifecycles
+from pytest_vmsandbox.machine.memory import is_sealed
 from pytest_vmsandbox.machine.spec import MachineSpec
 from pytest_vmsandbox.machine.template_cache import TemplateCache
 from pytest_vmsandbox.machine.templates import Templates, recipe_of
@@ -119,6 +120,7 @@ def test_a_template_that_can_not_be_kept_is_used_none_the_less(
 
         assert chosen.frozen is not None
         assert again.frozen is chosen.frozen
+        assert is_sealed(chosen.frozen.state)
         (told,) = lifecycles.incidents
         assert "could not be kept" in told
         assert str(scratch / "cache") in told
