@@ -63,6 +63,7 @@ class Build:
     disks: Sequence[DiskPlan] = ()
     frozen: Frozen | None = None
     nursery: Nursery | None = None
+    clock: str = "host"
 
     def restored_from(self, frozen: Frozen) -> Build:
         """The same machine, but restored: memory and disks begin as they were frozen."""

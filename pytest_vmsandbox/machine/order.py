@@ -25,7 +25,8 @@ class PowerOn:
     A boot of it may take `boot_s` seconds, and `stall_s` without a word on the console; a guest
     that is waited for may be silent for `silence_s`. With `frozen` it is restored, not booted; its
     `nonce` is then that of the boot that was frozen. It gets a machine-id and a host name of its
-    own, unless it `is_itself`: the very machine that was captured.
+    own, unless it `is_itself`: the very machine that was captured. With the `clock` "frozen" its
+    time goes on from the instant at which it was frozen, with "host" it is the host's.
     """
 
     id: str
@@ -38,6 +39,7 @@ class PowerOn:
     silence_s: float
     frozen: Frozen | None = None
     is_itself: bool = False
+    clock: str = "host"
 
     @property
     def command(self) -> list[str]:
@@ -64,7 +66,7 @@ class PowerOn:
 
     def new_identity(self) -> Identity:
         """What a restored machine shares with no other (docs/templates.md); made anew each time."""
-        entropy, now = os.urandom(_SEED_BYTES), time.time_ns()
+        entropy, now = os.urandom(_SEED_BYTES), self._clock_ns()
         if self.is_itself:
             again = f"{self.id}-{secrets.token_hex(8)}"
             return Identity(restore_id=again, unix_ns=now, entropy=entropy)
@@ -75,6 +77,15 @@ class PowerOn:
             unix_ns=now,
             entropy=entropy,
         )
+
+    def same_identity_now(self) -> Identity:
+        """For one that has waited since it was restored: who it is stays, what ages is new."""
+        entropy = os.urandom(_SEED_BYTES)
+        return Identity(restore_id=self.id, unix_ns=self._clock_ns(), entropy=entropy)
+
+    def _clock_ns(self) -> int:
+        """What the guest's clock is stepped to; 0 leaves it as it is."""
+        return 0 if self.clock == "frozen" else time.time_ns()
 
     def read_log_tail(self) -> str:
         """The end of the VMM's log; empty where there is none."""

@@ -176,6 +176,7 @@ class Power(MachineCore):
             silence_s=SILENCE_S * scale,
             frozen=frozen,
             is_itself=self._is_itself,
+            clock=self.build.clock,
         )
         self.failure_was_told = False
         self._running = await self._power.enter_async_context(

@@ -292,6 +292,19 @@ class Running:
         self._channel.on_lost = self._channel_lost
         self._answering.set()
 
+    async def refresh(self, *, deadline: Deadline) -> None:
+        """Give the restored guest, which has waited for somebody, the time of now and new entropy.
+
+        What runs in it runs on. Raises as `Channel.handshake` does.
+        """
+        order = self.order
+        await self.channel.handshake(
+            nonce=order.nonce,
+            identity=order.same_identity_now(),
+            keep_processes=True,
+            deadline=deadline,
+        )
+
     async def keep_memory_out(self, *, deadline: Deadline) -> None:
         """Tell QEMU that RAM is no part of a migration where it lies in a shared file.
 

@@ -25,7 +25,9 @@ class MachineSpec:
 
     `image` is a recipe's name or the path of an image directory, `accel` one of auto, kvm,
     tcg, hvf, `tier` demands the tier that the machine runs in. What can't be `restored` is booted,
-    unless that was `demanded`. With a `template`, or the name of one, its shape is that of the
+    unless that was `demanded`. Its `clock` shows the host's time, or goes on where its template's
+    stopped (frozen), which only a restored one can do: it is restored then, wherever machines are
+    usually booted. With a `template`, or the name of one, its shape is that of the
     template. A wrong value raises RequestInvalid, which names it.
     """
 
@@ -35,6 +37,7 @@ class MachineSpec:
     accel: str = "auto"
     tier: str = "auto"
     lifecycle: str = "restored"
+    clock: str = "host"
     name: str | None = None
     template: Template | str | None = None
     disks: Sequence[Disk] = ()
@@ -48,6 +51,12 @@ class MachineSpec:
         _require_word("accel", self.accel, ("auto", "kvm", "tcg", "hvf"))
         _require_word("tier", self.tier, ("auto", "root", "sudo", "qemu-vm", "userns", "bare"))
         _require_word("lifecycle", self.lifecycle, ("booted", "restored"))
+        _require_word("clock", self.clock, ("host", "frozen"))
+        if self.clock == "frozen" and self.lifecycle == "booted" and "lifecycle" in self.demanded:
+            raise RequestInvalid(
+                'clock="frozen" goes on from a template, and lifecycle="booted" has none',
+                "leave one of them out; date -s sets the clock of a machine that booted",
+            )
         if not isinstance(self.template, Template | None):
             _require_text("template", self.template)
         if self.name is not None and not (
@@ -59,6 +68,12 @@ class MachineSpec:
             )
         # A list may change, or be another's: what was looked at is what is kept.
         object.__setattr__(self, "disks", require_disks(self.disks))
+
+    @property
+    def is_restored(self) -> bool:
+        """Whether it is to come out of a template, where there can be one."""
+        frozen_clock = self.clock == "frozen"
+        return self.lifecycle == "restored" or self.template is not None or frozen_clock
 
     def changed(self, wishes: Mapping[str, Any]) -> MachineSpec:
         """The same spec with `wishes` (field to value) in place of its own values.

@@ -129,6 +129,7 @@ class TemplateBuilder:
             title=f"{name}, on {base.title}",
             parts={
                 "base": base.digest,
+                "clock": spec.clock,
                 "inputs": digest_inputs(inputs),
                 "setup": digest_setup(setup, inputs=[Path(path) for path in inputs], key=key),
             },

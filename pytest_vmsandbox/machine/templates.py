@@ -86,6 +86,14 @@ class Templates:
             raise RequestInvalid(f"{template!r} is gone", "call vm_templates.build() again")
         return found
 
+    def held(self, build: Build, template: Template | None) -> Frozen | None:
+        """What `kept` would give, if it is in memory already; nothing is read, and nothing made."""
+        if template is not None:
+            require_made_of(build, template)
+        recipe = recipe_of(build) if template is None else template.recipe
+        found = self._kept.get(recipe.digest)
+        return found.frozen if found else None
+
     async def find(self, recipe: Recipe) -> Kept | None:
         """The template of that recipe, if we have it or it is in the cache and whole."""
         if recipe.digest not in self._kept:

@@ -108,7 +108,7 @@ class Worker:
             progress=self._progress,
         )
         self._lifecycles = Lifecycles(self.templates)
-        self._pool = Pool(self._make)
+        self._pool = Pool(self._make_ahead)
         self._made: list[MachineSpec] = []
 
     @property
@@ -163,8 +163,8 @@ class Worker:
 
         Only one that is restored, and like another that was made before: it takes but a moment.
         """
-        wanted = spec is not None and spec.lifecycle == "restored" and spec in self._made
-        await self._pool.foresee(spec if wanted and self.settings.pool else None)
+        wanted = spec is not None and spec.is_restored and spec in self._made
+        self._pool.foresee(spec if wanted and self.settings.pool else None)
 
     async def place(self, name: str | None = None) -> Place:
         """Where one more machine may be, called `name` or by its number."""
@@ -223,8 +223,10 @@ class Worker:
         """
         try:
             if self.engine.running:
-                self.engine.run(self._pool.close())
-                self.engine.run(self._wardens.close())  # which kills what still runs
+                try:
+                    self.engine.run(self._pool.close())
+                finally:
+                    self.engine.run(self._wardens.close())  # which kills what still runs
         finally:
             self.engine.close()
             self.templates.close()
@@ -239,12 +241,33 @@ class Worker:
     async def _make(self, spec: MachineSpec) -> MachineController:
         return MachineController(await self._build(spec))
 
+    async def _make_ahead(self, spec: MachineSpec) -> MachineController | None:
+        """One that nobody has asked for yet: out of a template in memory, or None.
+
+        Not where a disk has a source: the test before may write it anew.
+        """
+        template = None if spec.template is None else self._prepared(spec.template)
+        build = await self.plan(spec.shaped_like(template.spec) if template else spec)
+        try:
+            frozen = self.templates.held(build, template)
+            if frozen is not None and all(plan.source is None for plan in build.disks):
+                return MachineController(build.restored_from(frozen))
+        except BaseException:
+            await self._abandon(build)
+            raise
+        await self._abandon(build)
+        return None
+
+    async def _abandon(self, build: Build) -> None:
+        """Remove what `plan` made."""
+        await MachineController(build).close()
+
     async def _build(self, spec: MachineSpec) -> Build:
         if spec.template is not None:
             return await self._build_of(self._prepared(spec.template), spec)
         build = await self.plan(spec)
-        if spec.lifecycle == "restored":
-            demanded = "lifecycle" in spec.demanded
+        if spec.is_restored:
+            demanded = "lifecycle" in spec.demanded or spec.clock == "frozen"
             build = await self._lifecycles.restored(build, demanded=demanded)
         return build
 
@@ -282,6 +305,9 @@ class Worker:
             accel = _accel_behind_walls(
                 accel, await self._warden(tier), may_be_emulated=may_be_emulated
             )
+        launcher = await self._launcher(tier)
+        disks = await asyncio.to_thread(plan_disks, spec.disks) if spec.disks else ()
+        # Last: whoever is cancelled before leaves no directory.
         place = await self.place(spec.name)
         config = QemuConfig(
             program=facts.qemu.path,
@@ -300,12 +326,13 @@ class Worker:
         return Build(
             id=place.id,
             config=config,
-            launcher=await self._launcher(tier),
+            launcher=launcher,
             tier=tier,
             image=image.name,
             image_digest=image.digest,
             time_scale=self.settings.timeout_scale * facts.time_scale,
-            disks=await asyncio.to_thread(plan_disks, spec.disks) if spec.disks else (),
+            disks=disks,
+            clock=spec.clock,
         )
 
     async def _launcher(self, tier: Tier) -> Launcher:

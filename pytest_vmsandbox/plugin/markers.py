@@ -12,7 +12,10 @@ if TYPE_CHECKING:
     from pytest_vmsandbox.machine.spec import MachineSpec
 
 MARKERS = (
-    "vm(image=, template=, memory_mib=, cpus=, disks=, accel=, tier=, lifecycle=, name=): shape",
+    (
+        "vm(image=, template=, memory_mib=, cpus=, disks=, accel=, tier=, lifecycle=, clock=, "
+        "name=): shape"
+    ),
     "vm_requires(capability, ...): skip, with the reason, where the host lacks one of them",
     'vm_expect(what): the guest is meant to die: "panic", "oops" or "shutdown"',
 )

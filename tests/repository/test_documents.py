@@ -240,7 +240,7 @@ def test_every_link_within_the_project_leads_somewhere(document: Path) -> None:
 
 @pytest.mark.parametrize("option", [*(option.flag for option in OPTIONS), "--vm-reprobe"])
 def test_every_option_is_in_the_users_guide(option: str) -> None:
-    assert f"`{option}`" in _named("usage.md")
+    assert f"| `{option}` |" in _named("usage.md")
 
 
 @pytest.mark.parametrize("fixture", sorted(FIXTURES | {"vm_image"}))
