@@ -166,7 +166,8 @@ class Channel:
         Outstanding work fails with ChannelLost first. The agent kills what a former session had
         started, or lets it run on unheard if `keep_processes`, and gives the machine `identity`.
         Raises TimedOut when nobody answers by the deadline, ChannelLost when another machine does,
-        OSError of the guest when the machine can't have that identity.
+        or one that says it is not what it was told to be, OSError of the guest when the machine
+        can't have that identity.
         """
         self._require_usable()
         self._fail_outstanding(ChannelLost(self.name, "the channel was opened anew"))
@@ -181,7 +182,7 @@ class Channel:
 
         pad_after_s = 0.0 if used_before else _PAD_AFTER_S
         answer = await self._introduce(hello, deadline=deadline, pad_after_s=pad_after_s)
-        self._check_identity(answer, nonce=nonce)
+        self._check_identity(answer, nonce=nonce, given=identity)
         self.hello = answer
         if answer.refusal is not None:
             raise answer.refusal
@@ -209,12 +210,14 @@ class Channel:
             await self._changes.wait()
         return self._welcome
 
-    def _check_identity(self, answer: Hello, *, nonce: str) -> None:
+    def _check_identity(self, answer: Hello, *, nonce: str, given: Identity) -> None:
         cause = ""
         if answer.protocol != PROTOCOL_VERSION:
             cause = f"its agent speaks protocol {answer.protocol}, we speak {PROTOCOL_VERSION}"
         elif answer.nonce != nonce:
             cause = f"another machine answered: nonce {answer.nonce!r}, expected {nonce!r}"
+        elif answer.refusal is None:
+            cause = _what_it_is_not(answer, given)
         if cause:
             self._lose(ChannelLost(self.name, cause))
             self._require_usable()
@@ -468,3 +471,14 @@ class Channel:
     def _require_usable(self) -> None:
         if self._error is not None:
             raise fresh(self._error)
+
+
+def _what_it_is_not(answer: Hello, given: Identity) -> str:
+    """What it says of itself in place of what we made it; empty where it took all of that."""
+    for what, said, wished in (
+        ("restore id", answer.restore_id, given.restore_id),
+        ("host name", answer.hostname, given.hostname),
+    ):
+        if wished and said != wished:
+            return f"the guest says its {what} is {said!r}, it was given {wished!r}"
+    return ""

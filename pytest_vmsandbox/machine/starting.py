@@ -71,3 +71,6 @@ async def _booting(step: Coroutine[Any, Any, None], running: Running) -> None:
             await running.settle()
         cause = running.failure.cause if running.failure else str(error)
         raise running.failed(BootFailed, f"{did_not}: {cause}") from error
+    except OSError as error:  # of the guest's, or of the host's files
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        raise running.failed(BootFailed, f"{did_not}: {what}") from error

@@ -170,7 +170,10 @@ async def _boot_and_freeze(build: Build) -> Frozen:
         machine = MachineController(sharing(build, memory))
         try:
             await machine.power_on()
-            return await freeze_for_good(machine, memory)
+            frozen = await freeze_for_good(machine, memory)
+            # The machine whose directory this is recalls all that was printed, and logs it.
+            machine.console.log.unlink(missing_ok=True)
+            return frozen
         finally:
             await machine.power_cut()
             await run_off_loop(machine.disks.close)

@@ -18,7 +18,8 @@ class Timings:
     `first_command_s` the first command from request to result, `teardown_s` from the end being
     asked for to nothing being left. A machine has a `boot_s`, a `restore_s`, or both if it was
     restored and powered on again later. `boot_attempts` counts above one when a boot hung and was
-    tried again. With `from_pool` it was started ahead: no test waited for what was until then.
+    tried again. `waited_s` is what its test waited until it had it. With `from_pool` it was started
+    ahead: no test waited for the steps until then, and the total counts `waited_s` in their place.
     `capture_s` is how long its latest snapshot or fork took to take it in, about as long as its
     guest stood still; it is no part of the total.
     """
@@ -30,14 +31,16 @@ class Timings:
     first_command_s: float | None = None
     capture_s: float | None = None
     teardown_s: float | None = None
+    waited_s: float | None = None
     boot_attempts: int = 0
     from_pool: bool = False
 
     @property
     def total_s(self) -> float:
-        """All that has been measured so far, together."""
-        steps = (
-            *(self.spawn_s, self.boot_s, self.restore_s),
+        """All that has been measured so far and a test waited for, together."""
+        until_ready = (self.spawn_s, self.boot_s, self.restore_s)
+        steps: tuple[float | None, ...] = (
+            *((self.waited_s,) if self.from_pool else until_ready),
             *(self.first_command_s, self.teardown_s),
         )
         return sum(step for step in steps if step is not None)
@@ -48,6 +51,13 @@ class Timings:
         start = time.perf_counter()
         yield
         setattr(self, step, time.perf_counter() - start)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count what the block takes as time that a test waits for the machine."""
+        start = time.perf_counter()
+        yield
+        self.waited_s = (self.waited_s or 0) + time.perf_counter() - start
 
     def __str__(self) -> str:
         ready_s = None
@@ -65,5 +75,6 @@ class Timings:
         if self.boot_attempts > 1:
             shown.append(f"{self.boot_attempts} boot attempts")
         if self.from_pool:
-            shown.append("from the pool")
+            waited = "" if self.waited_s is None else f", waited {self.waited_s:.3f} s"
+            shown.append(f"from the pool{waited}")
         return ", ".join(shown)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import platform
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -152,7 +153,9 @@ class Worker:
         nursery = WorkerNursery(self, hold)
         made = []
         for spec in specs:
+            began = time.perf_counter()
             machine = await self._pool.take(spec) or await self._make(spec)
+            machine.timings.waited_s = time.perf_counter() - began
             machine.build = replace(machine.build, nursery=nursery)
             hold(machine)
             made.append(machine)
@@ -235,8 +238,9 @@ class Worker:
     async def _boot(self, machine: MachineController) -> None:
         if machine.is_on:
             return
-        async with self._booting:
-            await machine.power_on()
+        with machine.timings.waiting():
+            async with self._booting:
+                await machine.power_on()
 
     async def _make(self, spec: MachineSpec) -> MachineController:
         return MachineController(await self._build(spec))

@@ -18,7 +18,7 @@ from pytest_vmsandbox.deadline import Deadline
 from pytest_vmsandbox.errors import ChannelLost
 from pytest_vmsandbox.guest.channel import Channel, open_channel
 from pytest_vmsandbox.guest.frames import FrameType, encode_frame
-from pytest_vmsandbox.guest.messages import PROTOCOL_VERSION, ExecRequest
+from pytest_vmsandbox.guest.messages import PROTOCOL_VERSION, ExecRequest, Identity
 from pytest_vmsandbox.guest.payload import encode_text
 from pytest_vmsandbox.guest.streams import READ_WINDOW, WRITE_WINDOW
 
@@ -35,8 +35,15 @@ def frame(type_: int, payload: bytes = b"", *, id_: int = JOB, stream: int = 0) 
     return encode_frame(type_, id_=id_, stream=stream, payload=payload)
 
 
-def welcome(token: bytes, *, protocol: int = PROTOCOL_VERSION, refused: int = 0) -> bytes:
-    texts = ("1", "n", "boot", "6.1", "x86_64", "vm", "")
+def welcome(
+    token: bytes,
+    *,
+    protocol: int = PROTOCOL_VERSION,
+    refused: int = 0,
+    hostname: str = "vm",
+    restore_id: str = "",
+) -> bytes:
+    texts = ("1", "n", "boot", "6.1", "x86_64", hostname, restore_id)
     payload = token + struct.pack("<III", protocol, 1, 1) + b"".join(map(encode_text, texts))
     payload += u32(refused) + encode_text("hostname" if refused else "")
     return frame(FrameType.WELCOME, payload, id_=0)
@@ -174,6 +181,34 @@ async def test_a_refused_identity_is_an_error_of_the_guest() -> None:
         )
         await guest.say(welcome((await guest.hear())[16:32], refused=22))
         with pytest.raises(OSError, match=r"Invalid argument.*hostname"):
+            await opening
+
+
+@pytest.mark.parametrize(
+    ("says", "words"),
+    [
+        ({"hostname": "web-1", "restore_id": "r-2"}, "restore id is 'r-2', it was given 'r-1'"),
+        ({"hostname": "web-1"}, "restore id is '', it was given 'r-1'"),
+        ({"restore_id": "r-1"}, "host name is 'vm', it was given 'web-1'"),
+    ],
+)
+async def test_a_guest_that_is_not_what_it_was_made_is_refused_in_words(
+    says: dict[str, str], words: str
+) -> None:
+    ours, theirs = socket.socketpair()
+    guest = Guest(theirs)
+    with theirs:
+        opening = asyncio.create_task(
+            open_channel(
+                ours,
+                name="vm",
+                nonce="n",
+                identity=Identity(restore_id="r-1", hostname="web-1"),
+                deadline=Deadline.after(seconds=20),
+            )
+        )
+        await guest.say(welcome((await guest.hear())[16:32], **says))  # type: ignore[arg-type]
+        with pytest.raises(ChannelLost, match=words):
             await opening
 
 

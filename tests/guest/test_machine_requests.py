@@ -99,6 +99,19 @@ async def test_the_machine_id_is_replaced(own_machine: Channel, tmp_path: Path) 
         assert machine_id.read_text() == digits * 16 + "\n"
 
 
+async def test_a_machine_id_that_can_not_be_written_is_covered(
+    own_machine: Channel, tmp_path: Path
+) -> None:
+    (tmp_path / "etc" / "machine-id").write_text("the image's own\n")
+    for command in ("mount -t tmpfs tmpfs /run", "mount -o remount,bind,ro /etc"):
+        assert await output_of(own_machine, *command.split()) == ""
+    for digits in ("ab", "cd"):
+        await become(own_machine, Identity(machine_id=digits * 16))
+
+        assert await output_of(own_machine, "cat", "/etc/machine-id") == digits * 16 + "\n"
+    assert (tmp_path / "etc" / "machine-id").read_text() == "the image's own\n"
+
+
 async def test_a_machine_id_of_an_impossible_length_is_refused(own_machine: Channel) -> None:
     with pytest.raises(OSError, match=r"Invalid argument.*/etc/machine-id"):
         await become(own_machine, Identity(machine_id="ab" * 40))

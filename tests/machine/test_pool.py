@@ -101,6 +101,11 @@ def test_the_machine_ahead_is_given_warm_to_who_asks_for_one_like_it(worker: Wor
     assert given is ahead
     assert given.timings.from_pool
     assert not first.timings.from_pool
+    assert first.timings.waited_s is not None
+    assert first.timings.restore_s is not None
+    assert first.timings.waited_s > first.timings.restore_s
+    assert given.timings.waited_s is not None
+    assert given.timings.waited_s < 0.5  # a handshake, and no restoring
     assert given.timings.first_command_s is None
     assert given.build.nursery is not None
     assert worker.engine.run(given.run("hostname")).stdout == f"{given.name}\n"
@@ -360,6 +365,7 @@ def test_what_the_machine_ahead_cost_is_known(worker: Worker) -> None:
     timings = seen_ahead(worker).timings
 
     assert timings.from_pool
+    assert timings.waited_s is None
     assert timings.restore_s is not None
     assert timings.load_s is not None
     assert timings.first_command_s is None

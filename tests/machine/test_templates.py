@@ -246,3 +246,13 @@ def _session_of_its_own(tests: Path, cache: Path, run_dir: Path) -> subprocess.P
             stdout=log,
             stderr=log,
         )
+
+
+def test_the_log_of_the_machine_that_made_its_template_has_one_boot(tmp_path: Path) -> None:
+    with new_session(make_cache(tmp_path / "cache")) as session, session.machine() as machine:
+        machine.run("echo a word > /dev/console", check=True)
+        machine.console.wait_for("a word")
+        log = machine._controller.console.log.read_text(errors="replace")
+
+        assert log.count("Linux version") == 1
+        assert log.replace("\r", "") == machine.console.text

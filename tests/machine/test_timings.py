@@ -20,8 +20,14 @@ from pytest_vmsandbox.machine.timings import Timings
         (
             Timings(spawn_s=0.25, load_s=0.125, restore_s=0.5, from_pool=True),
             "spawn 0.250 s, load 0.125 s, ready 0.375 s, from the pool",
-            0.75,
+            0.0,
         ),
+        (
+            Timings(spawn_s=0.25, restore_s=0.5, teardown_s=0.25, waited_s=0.125, from_pool=True),
+            "spawn 0.250 s, restore 0.500 s, teardown 0.250 s, from the pool, waited 0.125 s",
+            0.375,
+        ),
+        (Timings(restore_s=0.5, waited_s=0.75), "restore 0.500 s", 0.5),
         (Timings(restore_s=0.5), "restore 0.500 s", 0.5),
         (Timings(boot_s=1.0, boot_attempts=2), "boot 1.000 s, 2 boot attempts", 1.0),
         (

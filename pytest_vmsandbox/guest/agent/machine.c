@@ -24,6 +24,7 @@ enum { TERM_GRACE_MS = 2000, KILL_GRACE_MS = 1000, SYNC_GRACE_MS = 10000, PORT_W
 static const char PORT_NAME[] = "vmsandbox.agent";
 static const char MODULES_SERIAL[] = "vmsandbox-mods";
 static const char MACHINE_ID[] = "/etc/machine-id";
+static const char MACHINE_ID_COVER[] = "/run/machine-id";
 
 struct facts facts;
 static bool set_up_by_us; /* only then are the mounts ours to take off, and the root's to remount */
@@ -143,11 +144,11 @@ void machine_find_disks(void)
 }
 
 /* In place: no reader ever finds it empty, and a file of the same length need not grow. */
-static int write_machine_id(const char *hex)
+static int put_machine_id(const char *path, const char *hex)
 {
     char line[64];
     int length = snprintf(line, sizeof line, "%s\n", hex);
-    int fd = open(MACHINE_ID, O_WRONLY | O_CREAT | O_CLOEXEC, 0444);
+    int fd = open(path, O_WRONLY | O_CREAT | O_CLOEXEC, 0444);
     struct stat there;
     int error = 0;
     if (fd < 0 || length >= (int)sizeof line || pwrite(fd, line, (size_t)length, 0) != length ||
@@ -156,6 +157,18 @@ static int write_machine_id(const char *hex)
     if (fd >= 0)
         close(fd);
     return error;
+}
+
+/*
+ * Where the root can't be written to, a file of /run covers the one that is there, as systemd does it
+ * (systemd-machine-id-commit.service(8)). A later id goes into that file: it is what lies there then.
+ */
+static int write_machine_id(const char *hex)
+{
+    int error = put_machine_id(MACHINE_ID, hex);
+    if (error != EROFS || put_machine_id(MACHINE_ID_COVER, hex) != 0)
+        return error;
+    return mount(MACHINE_ID_COVER, MACHINE_ID, NULL, MS_BIND, NULL) < 0 ? error : 0;
 }
 
 /* An image is the same for all machines: what names one is made when it starts (machine-id(5)). */
