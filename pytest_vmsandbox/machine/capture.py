@@ -204,9 +204,12 @@ async def _go_on(running: Running, *, runs: bool, deadline: Deadline) -> None:
 
 
 async def _require_completed(running: Running, *, deadline: Deadline) -> None:
+    # The stream has ended; some versions of QEMU say so of the migration a little later.
+    while (status := await _migration(running, deadline=deadline)) not in _SETTLED:
+        await asyncio.sleep(_POLL_S)
+    if status == "completed":
+        return
     match await running.qmp.execute("query-migrate", deadline=deadline):
-        case {"status": "completed"}:
-            return
         case {"error-desc": str(reason)}:
             raise RequestInvalid(f"{running.order.config.name} can't be copied: {reason}")
         case answer:

@@ -1,8 +1,9 @@
 """A migration stream of QEMU, split while it comes: the guest's memory here, all else there.
 
 QEMU's own loader takes what is left of it: it waits for no page, and what it is not sent stays as
-it is. The format: migration/savevm.c and migration/ram.c of QEMU, the same since 4.0 for what is
-read here. Sans I/O. Whatever is not known is refused, so that no machine is ever taken for another.
+it is. The format: migration/savevm.c and migration/ram.c of QEMU, as of 4.0 for what is read here;
+10.0 began to say, in a command of its own, that all that follows is the last. Sans I/O. Whatever is
+not known is refused, so that no machine is ever taken for another.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ _DESCRIPTION_MAX = 4 << 20
 
 _MAGIC = b"QEVM\0\0\0\3"
 _EOF, _START, _PART, _END, _FULL, _SUBSECTION, _DESCRIPTION, _CONFIGURATION = range(8)
+_COMMAND = 0x08
+_SWITCHOVER_START = 11  # the command of the kind; it carries nothing
 _FOOTER = 0x7E
 _RAM_VERSION = 4
 
@@ -94,8 +97,13 @@ class StreamSplitter:
         if kind != _START:
             raise StreamRefused(f"a section of kind {kind:#x} where that of the memory begins")
         section = yield from self._memory_begins()
+        switching = False
         while kind != _END:
             kind = yield from self._byte()
+            if kind == _COMMAND and not switching:
+                yield from self._switchover()
+                switching = True
+                continue
             if kind not in (_PART, _END):
                 raise StreamRefused(f"a section of kind {kind:#x} between those of the memory")
             if (yield from self._number()) != section:
@@ -111,6 +119,12 @@ class StreamSplitter:
         while True:
             yield from self._keep(self._end - self._start)
             yield
+
+    def _switchover(self) -> Needs:
+        """The one command that a stream has, and that only where the migration is told of it."""
+        command, length = (yield from self._short()), (yield from self._short())
+        if (command, length) != (_SWITCHOVER_START, 0):
+            raise StreamRefused(f"a command {command} with {length} bytes")
 
     def _configuration(self) -> Generator[None, None, int]:
         """The machine's type and what both sides must agree in; the kind of the next section."""
@@ -241,6 +255,9 @@ class StreamSplitter:
 
     def _byte(self) -> Generator[None, None, int]:
         return (yield from self._keep(1))[0]
+
+    def _short(self) -> Generator[None, None, int]:
+        return int.from_bytes((yield from self._keep(2)))
 
     def _number(self, *, at_most: int = 0xFFFFFFFF) -> Generator[None, None, int]:
         number = int.from_bytes((yield from self._keep(4)))

@@ -243,8 +243,10 @@ def _long(word: int) -> bytes:
     return struct.pack(">Q", word)
 
 
-def _made(*records: bytes, size: int = SIZE, version: int = 4, more: bytes = b"") -> bytes:
-    """A stream with these records of pages, made by hand."""
+def _made(
+    *records: bytes, size: int = SIZE, version: int = 4, more: bytes = b"", between: bytes = b""
+) -> bytes:
+    """A stream with these records of pages, made by hand; `between` comes before they do."""
     head = b"QEVM" + struct.pack(">I", 3) + b"\7" + struct.pack(">I", 3) + b"q35" + more
     section = struct.pack(">I", 2)
     start = b"\1" + section + b"\3ram" + struct.pack(">II", 0, version)
@@ -253,7 +255,7 @@ def _made(*records: bytes, size: int = SIZE, version: int = 4, more: bytes = b""
     pages = b"\3" + section + b"".join(records) + _long(0x10) + footer
     text = json.dumps({"page_size": PAGE, "devices": []}).encode()
     devices = b"\4" + b"any device" + b"\0\6" + struct.pack(">I", len(text)) + text
-    return head + start + sizes + footer + pages + devices
+    return head + start + sizes + footer + between + pages + devices
 
 
 def _zeros(first: int, last: int) -> bytes:
@@ -275,6 +277,23 @@ def test_a_page_that_comes_again_counts_as_it_came_last() -> None:
     assert not any(split.memory[3 * PAGE :])
 
 
+def _command(number: int, content: bytes = b"") -> bytes:
+    return b"\x08" + struct.pack(">HH", number, len(content)) + content
+
+
+@pytest.mark.parametrize("step", [1 << 30, 1])
+def test_newer_ones_say_that_the_last_part_begins_and_it_is_kept(step: int) -> None:
+    page = b"x" * PAGE
+    some = _long(PAGE | 0x28) + page
+    rest = b"\2" + struct.pack(">I", 2) + _long(0x10) + b"\x7e" + struct.pack(">I", 2)
+    records = (FIRST, some, _zeros(2 * PAGE, SIZE))
+    split = Split(_made(*records, between=rest + _command(11)), step=step)
+
+    assert split.memory[PAGE : 2 * PAGE] == page
+    assert split.state.count(_command(11)) == 1
+    assert split.state.replace(_command(11), b"") == Split(_made(*records, between=rest)).state
+
+
 @pytest.mark.parametrize(
     ("made", "why"),
     [
@@ -291,6 +310,10 @@ def test_a_page_that_comes_again_counts_as_it_came_last() -> None:
         (_made(ALL + _long(0x22) + b"\xff"), "all of 0xff"),
         (_made(ALL + _long(0x02) + b"\5other\0"), "other"),
         (_made(_long(0x22) + b"\0" + ALL), "None"),
+        (_made(ALL, between=_command(2, bytes(4))), "command 2 with 4 bytes"),
+        (_made(ALL, between=_command(11, b"x")), "command 11 with 1 bytes"),
+        (_made(ALL, between=_command(11) * 2), "kind 0x8"),
+        (_made(ALL)[:-1] + _command(11), "no end"),
     ],
 )
 def test_what_is_not_known_is_refused_and_named(made: bytes, why: str) -> None:
