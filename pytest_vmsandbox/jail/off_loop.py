@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractContextManager, asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, suppress
+from functools import partial
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -34,6 +36,27 @@ async def off_loop(manager: AbstractContextManager[T]) -> AsyncIterator[T]:
 async def run_off_loop(work: Callable[[], T]) -> T:
     """What `work` returns or raises; a cancellation waits until it is through."""
     return await to_its_end(_start(work))
+
+
+class GivenUp(Exception):
+    """Work that was told to stop has stopped."""
+
+
+async def run_stoppable(work: Callable[[threading.Event], T]) -> T:
+    """What `work` returns or raises; a cancellation sets its event, and waits until it is through.
+
+    It may raise GivenUp then.
+    """
+    stop = threading.Event()
+    task = _start(partial(work, stop))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        stop.set()
+        await _wait(task)
+        with suppress(GivenUp):
+            task.result()
+        raise
 
 
 def _start(work: Callable[[], T]) -> asyncio.Task[T]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import os
+import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from functools import partial
 
 from pytest_vmsandbox.deadline import Deadline
 from pytest_vmsandbox.errors import RequestInvalid, TimedOut, VmmDied, VmSandboxError
-from pytest_vmsandbox.jail.off_loop import run_off_loop, to_its_end
+from pytest_vmsandbox.jail.off_loop import run_stoppable, to_its_end
 from pytest_vmsandbox.linux import OwnedFd
 from pytest_vmsandbox.machine.disks import NO_DISKS, Disks, FrozenDisks
 from pytest_vmsandbox.machine.frozen import Frozen, state_of
@@ -104,8 +105,10 @@ async def _capture(
     await qmp.execute("migrate-set-parameters", {"max-bandwidth": _UNLIMITED}, deadline=deadline)
     splitter = StreamSplitter(block=RAM, size=memory.size, write=partial(write_pages, memory))
 
-    def freeze() -> FrozenDisks:
-        frozen = disks.freeze()
+    disks.require_room()
+
+    def freeze(stop: threading.Event) -> FrozenDisks:
+        frozen = disks.freeze(stop)
         undo.callback(frozen.close)
         return frozen
 
@@ -121,7 +124,7 @@ async def _capture(
         # it had of them (it would leave them to another host now).
         return _Taken(
             state=splitter.finish(),
-            disks=await run_off_loop(freeze) if running.order.config.disks else NO_DISKS,
+            disks=await run_stoppable(freeze) if running.order.config.disks else NO_DISKS,
             console=running.printed,
         )
 
@@ -205,15 +208,17 @@ async def _go_on(running: Running, *, runs: bool, deadline: Deadline) -> None:
 
 async def _require_completed(running: Running, *, deadline: Deadline) -> None:
     # The stream has ended; some versions of QEMU say so of the migration a little later.
-    while (status := await _migration(running, deadline=deadline)) not in _SETTLED:
-        await asyncio.sleep(_POLL_S)
-    if status == "completed":
-        return
-    match await running.qmp.execute("query-migrate", deadline=deadline):
-        case {"error-desc": str(reason)}:
-            raise RequestInvalid(f"{running.order.config.name} can't be copied: {reason}")
-        case answer:
-            raise RequestInvalid(f"{running.order.config.name} can't be copied: {answer}")
+    name = running.order.config.name
+    while True:
+        match await running.qmp.execute("query-migrate", deadline=deadline):
+            case {"status": "completed"}:
+                return
+            case {"error-desc": str(reason)}:
+                raise RequestInvalid(f"{name} can't be copied: {reason}")
+            case {"status": str(status)} if status not in _SETTLED:
+                await asyncio.sleep(_POLL_S)
+            case answer:
+                raise RequestInvalid(f"{name} can't be copied: {answer}")
 
 
 async def _migration(running: Running, *, deadline: Deadline) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from pytest_vmsandbox.errors import RequestInvalid
 from pytest_vmsandbox.linux import OwnedFd
+from pytest_vmsandbox.machine.disk_layer import check_layer, is_untouched
 from pytest_vmsandbox.machine.disk_plan import DiskPlan
 from pytest_vmsandbox.machine.sparse import clone
 from pytest_vmsandbox.vmm.disk import DiskFormat, DiskStack, Layer
@@ -21,6 +23,8 @@ from pytest_vmsandbox.vmm.qcow2 import write_empty
 # Others may read a layer, so that a VMM of another user can, which is handed it open; nobody else
 # gets to it, since the directory is ours alone.
 READ_ONLY = 0o444
+# A warden takes 64 descriptors for a VMM; what is not for disks is far less than the rest.
+FILES_AT_MOST = 48
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,13 +94,30 @@ class Disks:
                 undo.callback(remove_directory, directory)
                 self._stacks = tuple(_open(plan, directory, undo) for plan in self._plans)
                 self._held = undo.pop_all()
+        for plan, stack in zip(self._plans, self._stacks, strict=True):
+            _check(plan, stack)
         return self._stacks
 
-    def freeze(self) -> FrozenDisks:
-        """A copy of all disks as they are now, which its receiver closes.
+    def require_room(self) -> None:
+        """Raise RequestInvalid where what `freeze` would give is too deep for a machine."""
+        depths = {
+            plan.serial: len(plan.below) + (0 if plan.read_only else len(plan.frozen) + 2)
+            for plan in self._plans
+        }
+        if sum(depths.values()) > FILES_AT_MOST:
+            told = ", ".join(f"{serial}: {depth}" for serial, depth in depths.items())
+            raise RequestInvalid(
+                f"a copy's disks would be {sum(depths.values())} files, one on the other "
+                f"({told}), more than {FILES_AT_MOST}",
+                "each generation of copies that writes to a disk adds one: copy an earlier machine",
+            )
+
+    def freeze(self, stop: threading.Event | None = None) -> FrozenDisks:
+        """A copy of all disks as they are now, which its receiver closes; GivenUp after `stop`.
 
         The guest must be stopped, so that QEMU has written all that it had. The copy shares its
-        blocks with the disks where the file system can, and takes as much room as they where not.
+        blocks with the disks where the file system can, and takes as much room as they where not. A
+        disk that was not written to has no layer more than before.
         It is made beside this machine's directory, and outlives this machine.
         """
         if not self._plans:
@@ -105,7 +126,7 @@ class Disks:
         try:
             stacks = zip(self._plans, self.open(), strict=True)
             layers = {
-                plan.serial: _freeze(plan, stack, directory)
+                plan.serial: _freeze(plan, stack, directory, stop)
                 for plan, stack in stacks
                 if not plan.read_only
             }
@@ -177,16 +198,37 @@ def keep(file: OwnedFd, name: Path) -> None:
         os.fchmod(copy, READ_ONLY)
 
 
-def _freeze(plan: DiskPlan, stack: DiskStack, directory: Path) -> tuple[Layer, ...]:
+def _check(plan: DiskPlan, stack: DiskStack) -> None:
+    """Look at all layers that VMMs wrote, and that one is about to be given."""
+    if plan.read_only:
+        return
+    for layer in stack.layers[: 1 + len(plan.frozen)]:
+        with _reopened(layer) as file:
+            check_layer(file, f"the disk {plan.serial}", form=layer.format, size=plan.size)
+
+
+def _reopened(layer: Layer) -> OwnedFd:
+    """The file once more, with a place of its own in it."""
+    file = layer.file
+    path = f"/proc/self/fd/{file.descriptor}" if isinstance(file, Writable) else str(file)
+    return OwnedFd(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+
+
+def _freeze(
+    plan: DiskPlan, stack: DiskStack, directory: Path, stop: threading.Event | None
+) -> tuple[Layer, ...]:
     written = stack.layers[0]
-    assert isinstance(written.file, Writable)
-    path = directory / f"{plan.serial}.frozen"
-    with new_file(path) as copy:
-        clone(written.file.descriptor, copy)
-        os.fchmod(copy, READ_ONLY)
     # By our names: those under which we were given them may be gone.
-    below = replace(plan, frozen=stack.layers[1 : 1 + len(plan.frozen)])
-    return (Layer(file=path, format=written.format), *_adopt(below, directory))
+    below = _adopt(replace(plan, frozen=stack.layers[1 : 1 + len(plan.frozen)]), directory)
+    path = directory / f"{plan.serial}.frozen"
+    with _reopened(written) as top:
+        if is_untouched(top, form=written.format, size=plan.size):
+            return below
+        with new_file(path) as copy:
+            clone(top, copy, stop=stop)
+            check_layer(copy, f"the disk {plan.serial}", form=written.format, size=plan.size)
+            os.fchmod(copy, READ_ONLY)
+    return (Layer(file=path, format=written.format), *below)
 
 
 def remove_directory(directory: Path) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pytest_vmsandbox.linux import OwnedFd
+from pytest_vmsandbox.machine.disk_layer import LayerRefused, check_layer
 from pytest_vmsandbox.machine.disks import (
     NO_DISKS,
     READ_ONLY,
@@ -125,6 +126,10 @@ def _load(saved: SavedLayer, path: Path, name: Path) -> Layer:
         keep(file, name)
     with _opened(name) as kept:  # what machines get, be it a copy
         _check(saved, kept, path)
+        try:
+            check_layer(kept, str(path), form=DiskFormat(saved.format))
+        except LayerRefused as error:
+            raise DisksDamaged(str(error)) from error
     return Layer(file=name, format=DiskFormat(saved.format))
 
 

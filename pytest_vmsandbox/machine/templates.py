@@ -13,8 +13,9 @@ from pathlib import Path
 
 from pytest_vmsandbox.deadline import Deadline
 from pytest_vmsandbox.errors import RequestInvalid, TimedOut
+from pytest_vmsandbox.host.facts import Tier
 from pytest_vmsandbox.image.progress import Progress
-from pytest_vmsandbox.jail.off_loop import run_off_loop
+from pytest_vmsandbox.jail.off_loop import run_off_loop, run_stoppable
 from pytest_vmsandbox.machine.build import Build
 from pytest_vmsandbox.machine.controller import MachineController
 from pytest_vmsandbox.machine.freezing import freeze
@@ -193,13 +194,14 @@ async def freeze_for_good(machine: MachineController, memory: GuestMemory) -> Fr
 
     Whatever is raised, `memory` is still the caller's.
     """
+    machine.disks.require_room()
     nonce = machine.running.order.nonce
     deadline = Deadline.after(seconds=FREEZE_S * machine.build.time_scale)
     state = await freeze(machine.running, deadline=deadline)
     try:
         console = machine.console.held
         await machine.power_cut()
-        disks = await run_off_loop(machine.disks.freeze)
+        disks = await run_stoppable(machine.disks.freeze)
         memory.seal()  # the VMM is gone, which had it mapped
         seal(state)
     except BaseException:
@@ -231,6 +233,8 @@ def recipe_of(build: Build) -> Recipe:
             "vmm": f"{config.program} {_version_of(Path(config.program))}",
             "disks": "; ".join(plan.identity for plan in build.disks),
             "command": shlex.join(render_command(_without_this_run(config))),
+            # What a VMM without walls wrote is for no VMM that has them.
+            "walls": "no" if build.tier == Tier.BARE else "yes",
             "processor": _processor() if config.accel == "kvm" else "emulated",
         },
     )

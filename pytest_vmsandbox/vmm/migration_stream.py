@@ -97,6 +97,20 @@ class StreamSplitter:
         if kind != _START:
             raise StreamRefused(f"a section of kind {kind:#x} where that of the memory begins")
         section = yield from self._memory_begins()
+        yield from self._parts(section)
+        if self._next != self._size:
+            raise StreamRefused(f"of {self._size} bytes of memory only {self._next} came")
+        kind = yield from self._byte()
+        if kind != _FULL:
+            raise StreamRefused(f"a section of kind {kind:#x} where that of a device begins")
+        self._over = True
+        while True:
+            yield from self._keep(self._end - self._start)
+            yield
+
+    def _parts(self, section: int) -> Needs:
+        """All parts of the memory's section, to the one that ends it."""
+        kind = _START
         switching = False
         while kind != _END:
             kind = yield from self._byte()
@@ -110,15 +124,6 @@ class StreamSplitter:
                 raise StreamRefused("a part of a section that never began")
             yield from self._pages()
             yield from self._footer(section)
-        if self._next != self._size:
-            raise StreamRefused(f"of {self._size} bytes of memory only {self._next} came")
-        kind = yield from self._byte()
-        if kind != _FULL:
-            raise StreamRefused(f"a section of kind {kind:#x} where that of a device begins")
-        self._over = True
-        while True:
-            yield from self._keep(self._end - self._start)
-            yield
 
     def _switchover(self) -> Needs:
         """The one command that a stream has, and that only where the migration is told of it."""

@@ -56,21 +56,34 @@ def write_empty(descriptor: int, *, size: int) -> None:
 
     It names no other file: what lies below it, its user says.
     """
-    entries = -(-size // _BYTES_OF_L2)
     # header, table of refcounts, a block of refcounts, and the table of the first level
-    clusters = 3 + -(-entries * 8 // _CLUSTER)
-    header = _HEADER.pack(
+    clusters = 3 + -(-_entries(size) * 8 // _CLUSTER)
+    os.ftruncate(descriptor, clusters * _CLUSTER)
+    os.pwrite(descriptor, _empty_header(size), 0)
+    os.pwrite(descriptor, (2 * _CLUSTER).to_bytes(8), _CLUSTER)
+    os.pwrite(descriptor, b"\0\1" * clusters, 2 * _CLUSTER)
+
+
+def is_empty(descriptor: int, *, size: int) -> bool:
+    """Whether an image is as `write_empty` left it: nothing was written to it, or discarded."""
+    header = os.pread(descriptor, _HEADER.size, 0)
+    table = os.pread(descriptor, _entries(size) * 8, 3 * _CLUSTER)
+    return header == _empty_header(size) and not any(table)
+
+
+def _entries(size: int) -> int:
+    return -(-size // _BYTES_OF_L2)
+
+
+def _empty_header(size: int) -> bytes:
+    return _HEADER.pack(
         *(MAGIC, _VERSION, 0, 0, _CLUSTER_BITS, size, 0),
-        *(entries, 3 * _CLUSTER),
+        *(_entries(size), 3 * _CLUSTER),
         *(_CLUSTER, 1),
         *(0, 0),  # its own snapshots
         *(0, 0, 0),  # features
         *(_REFCOUNT_ORDER, _HEADER.size),
     )
-    os.ftruncate(descriptor, clusters * _CLUSTER)
-    os.pwrite(descriptor, header, 0)
-    os.pwrite(descriptor, (2 * _CLUSTER).to_bytes(8), _CLUSTER)
-    os.pwrite(descriptor, b"\0\1" * clusters, 2 * _CLUSTER)
 
 
 def size_at_most(size: int) -> int:

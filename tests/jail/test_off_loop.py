@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 
 import pytest
 
-from pytest_vmsandbox.jail.off_loop import off_loop
+from pytest_vmsandbox.jail.off_loop import GivenUp, off_loop, run_stoppable
 
 
 class Door:
@@ -107,3 +107,30 @@ async def test_what_is_raised_in_the_block_goes_on_and_it_is_left(door: Door) ->
             raise KeyError
 
     assert door.seen == ["entered", "left"]
+
+
+@pytest.mark.parametrize("outcome", [GivenUp, None])
+async def test_work_that_can_stop_is_told_and_waited_for(outcome: type[GivenUp] | None) -> None:
+    begun, ended = threading.Event(), threading.Event()
+
+    def work(stop: threading.Event) -> str:
+        begun.set()
+        assert stop.wait(10)
+        ended.set()
+        if outcome:
+            raise outcome
+        return "done all the same"
+
+    working = asyncio.create_task(run_stoppable(work))
+    await asyncio.to_thread(begun.wait, 10)
+    for _ in range(2):
+        working.cancel()
+        await asyncio.sleep(0)
+    with pytest.raises(asyncio.CancelledError):
+        await working
+
+    assert ended.is_set()
+
+
+async def test_work_that_nobody_stops_gives_its_result() -> None:
+    assert await run_stoppable(lambda stop: stop.is_set()) is False

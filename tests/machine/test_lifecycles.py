@@ -14,6 +14,7 @@ import pytest
 
 from pytest_vmsandbox import GuestPanicked, Machine, MachineFactory, RequestInvalid
 from pytest_vmsandbox.deadline import Deadline
+from pytest_vmsandbox.host.facts import Tier
 from pytest_vmsandbox.image.progress import SilentProgress
 from pytest_vmsandbox.machine.build import Build
 from pytest_vmsandbox.machine.controller import MachineController
@@ -227,3 +228,11 @@ def test_a_microvm_is_restored_too(worker: Worker) -> None:
 
     assert listed.stdout == f"{machine.name}\n"
     assert machine.timings.boot_s is None
+
+
+def test_what_a_vmm_without_walls_wrote_is_for_none_that_has_them(worker: Worker) -> None:
+    build = _build(worker)
+    tiers = {tier: recipe_of(replace(build, tier=tier)).digest for tier in Tier}
+
+    assert tiers[Tier.BARE] not in [digest for tier, digest in tiers.items() if tier != Tier.BARE]
+    assert len(set(tiers.values())) == 2

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import tempfile
+import threading
 from pathlib import Path
 
 import pytest
 
+from pytest_vmsandbox.jail.off_loop import GivenUp
 from pytest_vmsandbox.machine.sparse import clone, copy_sparse
 
 MIB = 1 << 20
@@ -53,6 +57,40 @@ def test_a_copy_has_the_same_content_and_holes(
                 assert file.read(len(content)) == content
     if size <= 5 * MIB + 7:
         assert (tmp_path / "copy").read_bytes() == source.read_bytes()
+
+
+def test_a_few_bytes_of_each_mebibyte_take_a_few_pages_of_a_copy(tmp_path: Path) -> None:
+    """Taken as whole mebibytes they would be 256 times as much."""
+    written = {at * MIB: b"x" * 4096 for at in range(64)}
+    source = _sparse(tmp_path / "source", size=64 * MIB, written=written)
+    held = source.stat().st_blocks
+
+    _copy(source, tmp_path / "copy")
+    with source.open("rb") as old, (tmp_path / "clone").open("w+b") as new:
+        clone(old.fileno(), new.fileno())
+    with source.open("rb") as old, tempfile.TemporaryFile(dir="/dev/shm") as elsewhere:
+        clone(old.fileno(), elsewhere.fileno())
+        taken = [os.fstat(elsewhere.fileno()).st_blocks]
+        assert os.pread(elsewhere.fileno(), 64 * MIB, 0) == source.read_bytes()
+
+    taken += [(tmp_path / name).stat().st_blocks for name in ("copy", "clone")]
+    assert max(taken) <= 2 * held
+    for name in ("copy", "clone"):
+        assert (tmp_path / name).read_bytes() == source.read_bytes()
+
+
+def test_a_copy_that_nobody_wants_any_more_is_given_up(tmp_path: Path) -> None:
+    source = _sparse(tmp_path / "source", size=MIB, written={0: b"x" * MIB})
+    stop = threading.Event()
+    stop.set()
+
+    # Elsewhere, so that it is not done at once by sharing blocks.
+    with (
+        source.open("rb") as old,
+        tempfile.TemporaryFile(dir="/dev/shm") as new,
+        pytest.raises(GivenUp),
+    ):
+        clone(old.fileno(), new.fileno(), stop=stop)
 
 
 def test_the_digest_is_that_of_places_and_bytes_wherever_zeros_are_kept(tmp_path: Path) -> None:

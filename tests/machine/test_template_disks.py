@@ -79,7 +79,7 @@ def test_a_machine_keeps_its_layers_when_what_was_frozen_is_gone(tmp_path: Path)
         assert Path(str(stack.layers[1].file)).read_bytes().startswith(b"written")
         assert [layer.format for layer in stack.layers] == [DiskFormat.QCOW2, DiskFormat.RAW]
         with closing(disks.freeze()) as again:
-            assert len(again.layers["disk0"]) == 2
+            assert len(again.layers["disk0"]) == 1, "nothing was written to the second"
     assert list((tmp_path / "twin").iterdir()) == []
 
 
