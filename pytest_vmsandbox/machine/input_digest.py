@@ -19,10 +19,16 @@ def digest_inputs(paths: Iterable[Path | str]) -> str:
     if isinstance(paths, (str, Path)):
         raise RequestInvalid(f"inputs={str(paths)!r} must be a list of paths")
     digest = hashlib.sha256()
-    for path in map(Path, paths):
+    for path in map(_path, paths):
         for line in _describe(path):
             digest.update(line.encode(errors="surrogateescape") + b"\0")
     return digest.hexdigest()
+
+
+def _path(wanted: object) -> Path:
+    if not isinstance(wanted, (str, Path)):
+        raise RequestInvalid(f"inputs=[{wanted!r}] must be a list of paths")
+    return Path(wanted)
 
 
 def _describe(path: Path) -> Iterator[str]:

@@ -160,7 +160,7 @@ def read_manifest(directory: Path) -> Manifest:
         raise TemplateDamaged(f"{path}: {error}") from error
     match form:
         case {
-            "format": 4,
+            "format": int(number),
             "digest": str(digest),
             "parts": dict(parts),
             "title": str(title),
@@ -173,7 +173,7 @@ def read_manifest(directory: Path) -> Manifest:
             "disks": disks,
             "base": base,
             "content": str(content),
-        }:
+        } if number == FORMAT:
             manifest = Manifest(
                 digest=digest,
                 parts={str(name): str(part) for name, part in parts.items()},

@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -89,7 +90,8 @@ class TemplateBuilder:
             )
             known = self._worker.prepared.get(template.name)
             if known is None:
-                self._ensure(template, build, below, setup)
+                ingredients = partial(_ingredients, setup, inputs, key)
+                self._ensure(template, build, below, setup, ingredients)
                 self._worker.prepared[template.name] = template
             elif known.digest != template.digest:
                 raise RequestInvalid(
@@ -130,16 +132,20 @@ class TemplateBuilder:
             parts={
                 "base": base.digest,
                 "clock": spec.clock,
-                "inputs": digest_inputs(inputs),
-                "setup": digest_setup(setup, inputs=[Path(path) for path in inputs], key=key),
+                **_ingredients(setup, inputs, key),
             },
         )
         return Template(name=name, recipe=recipe, root=root.digest, spec=spec)
 
     def _ensure(
-        self, template: Template, build: Build, below: Template | None, setup: Setup
+        self,
+        template: Template,
+        build: Build,
+        below: Template | None,
+        setup: Setup,
+        ingredients: Callable[[], dict[str, str]],
     ) -> None:
-        """Find it, or make it."""
+        """Find it, or make it; it is kept if its ingredients are still the same then."""
         templates, run = self._worker.templates, self._engine.run
         if run(templates.find(template.recipe)):
             return
@@ -151,7 +157,17 @@ class TemplateBuilder:
             base = run(templates.kept(build, below))
             self._worker.progress.step(f"template {template.name}: running its setup")
             frozen = self._prepared(build, base, setup)
-            run(templates.publish(making, template.recipe, frozen, base=base))
+            parts = template.recipe.parts
+            try:
+                changed = [name for name, part in ingredients().items() if part != parts[name]]
+            except BaseException:
+                frozen.close()
+                raise
+            if changed:
+                why = f"its {' and '.join(changed)} changed while it was made"
+                templates.not_kept(template.recipe, why)
+            kept_by = None if changed else making
+            run(templates.publish(kept_by, template.recipe, frozen, base=base))
 
     def _prepared(self, build: Build, base: Kept, setup: Setup) -> Frozen:
         """What `setup` makes of a machine that is restored from `base`, frozen."""
@@ -197,6 +213,13 @@ class TemplateBuilder:
 
     def _end(self, machine: MachineController) -> None:
         self._engine.run(self._worker.end([machine]))
+
+
+def _ingredients(setup: Setup, inputs: Sequence[Path | str], key: str | None) -> dict[str, str]:
+    return {
+        "inputs": digest_inputs(inputs),
+        "setup": digest_setup(setup, inputs=[Path(path) for path in inputs], key=key),
+    }
 
 
 async def _copied(memory: GuestMemory) -> GuestMemory:

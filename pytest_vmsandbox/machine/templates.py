@@ -129,7 +129,7 @@ class Templates:
             except TimedOut:
                 raise
             except OSError as error:
-                self._not_kept(recipe, error)
+                self.not_kept(recipe, error)
             yield making
 
     async def publish(
@@ -150,7 +150,7 @@ class Templates:
             try:
                 await run_off_loop(publish)
             except OSError as error:
-                self._not_kept(recipe, error)
+                self.not_kept(recipe, error)
         return self._kept[recipe.digest]
 
     def close(self) -> None:
@@ -159,8 +159,9 @@ class Templates:
             kept.close()
         self._kept.clear()
 
-    def _not_kept(self, recipe: Recipe, error: OSError) -> None:
-        told = f"{recipe.title}: made for this run only, it could not be kept: {error}"
+    def not_kept(self, recipe: Recipe, why: object) -> None:
+        """Tell of one that lives as long as we do."""
+        told = f"{recipe.title}: made for this run only, it could not be kept: {why}"
         if told not in self.incidents:
             self.incidents.append(told)
 

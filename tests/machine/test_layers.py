@@ -392,6 +392,28 @@ def test_a_damaged_base_is_made_anew_and_all_that_stood_on_it(
             assert vm.read_text("/root/word") == word
 
 
+@pytest.mark.parametrize("what", ["inputs", "setup"])
+def test_one_whose_ingredients_change_while_it_is_made_is_for_this_run_only(
+    worker: Worker, builder: Builder, cache_dir: Path, tmp_path: Path, *, what: str
+) -> None:
+    (tmp_path / "input").write_text("before")
+    words = ["before"]
+
+    def setup(vm: Machine) -> None:
+        vm.write_text("/root/made", (tmp_path / "input").read_text() + words[0])
+        if what == "inputs":
+            (tmp_path / "input").write_text("after")
+        else:
+            words[0] = "after"
+
+    template = builder.build(setup=setup, inputs=[tmp_path, tmp_path / "input"], name=what)
+
+    assert any(f"its {what} changed while" in told for told in worker.incidents)
+    assert template.digest[:32] not in _names(cache_dir)
+    with Restored(worker, template) as vm:
+        assert vm.read_text("/root/made") == "beforebefore"
+
+
 @pytest.mark.parametrize("what", ["removed", "made anew"])
 def test_who_has_read_it_has_its_disks_whatever_becomes_of_it(
     new_worker: Callable[[str], Worker], cache_dir: Path, *, what: str
