@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TypeAlias
 
@@ -38,18 +39,21 @@ _HAND_OVER_S = 0.5
 _WARMING = ("true",)
 
 Make: TypeAlias = Callable[[MachineSpec], Awaitable[MachineController | None]]
+Turn: TypeAlias = Callable[[], AbstractContextManager[object] | None]
 
 
 class Pool:
     """At most one machine that waits.
 
     `make` gives those that are started, not powered on yet, or None where one is not to be had in
-    a moment. All of it belongs to one loop. What goes wrong in here costs the machine that waits
-    and nothing else: whoever asks makes one in the ordinary way, and is told there what is wrong.
+    a moment; `turn` gives a block in which one may be started, or None while others start theirs.
+    All of it belongs to one loop. What goes wrong in here costs the machine that waits and nothing
+    else: whoever asks makes one in the ordinary way, and is told there what is wrong.
     """
 
-    def __init__(self, make: Make) -> None:
+    def __init__(self, make: Make, *, turn: Turn = nullcontext) -> None:
         self._make = make
+        self._turn = turn
         self._ahead: _Ahead | None = None
         self._ending: set[asyncio.Task[None]] = set()
 
@@ -61,7 +65,7 @@ class Pool:
         if self._ahead is not None and self._ahead.is_like(spec) and not self._ahead.over:
             return
         self._give_up(self._ahead)
-        self._ahead = None if spec is None else _Ahead(spec, self._make)
+        self._ahead = None if spec is None else _Ahead(spec, self._make, self._turn)
 
     async def take(self, spec: MachineSpec) -> MachineController | None:
         """The machine that waits, if it is like `spec`: powered on, and from now on the caller's.
@@ -99,9 +103,10 @@ class _Ahead:
     Its task owns the machine, and ends it, until the very moment at which somebody has it.
     """
 
-    def __init__(self, spec: MachineSpec, make: Make) -> None:
+    def __init__(self, spec: MachineSpec, make: Make, turn: Turn) -> None:
         self.spec = spec
         self._make = make
+        self._turn = turn
         self._machine: MachineController | None = None
         self._begun = False
         self._ends = False
@@ -137,9 +142,9 @@ class _Ahead:
 
     async def _live(self) -> None:
         try:
-            await self._spare()
-            self._begun = True
-            await self._start()
+            with await self._admission():
+                self._begun = True
+                await self._start()
             self._ready.set()
             while self._machine is not None and spare_memory_bytes():  # noqa: ASYNC110 - none tells
                 await asyncio.sleep(_WATCH_S)
@@ -151,6 +156,14 @@ class _Ahead:
             self._ready.set()
             if machine is not None:
                 await _end(machine)
+
+    async def _admission(self) -> AbstractContextManager[object]:
+        """What the start happens in: there is room for one, and nobody else starts one."""
+        while True:
+            await self._spare()
+            if (turn := self._turn()) is not None:
+                return turn
+            await asyncio.sleep(_PATIENT_LOOK_S)
 
     async def _spare(self) -> None:
         """Return once a processor has idled for a moment, and there is memory for a machine."""

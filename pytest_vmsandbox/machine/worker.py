@@ -46,6 +46,7 @@ from pytest_vmsandbox.machine.recorded import RecordedLauncher
 from pytest_vmsandbox.machine.spec import MachineSpec
 from pytest_vmsandbox.machine.template_cache import TemplateCache
 from pytest_vmsandbox.machine.templates import Templates
+from pytest_vmsandbox.machine.turn import take_turn
 from pytest_vmsandbox.machine.warden_launcher import WardenLauncher
 from pytest_vmsandbox.machine.wardens import Wardens
 from pytest_vmsandbox.vmm.bare import BareLauncher
@@ -109,7 +110,7 @@ class Worker:
             progress=self._progress,
         )
         self._lifecycles = Lifecycles(self.templates)
-        self._pool = Pool(self._make_ahead)
+        self._pool = Pool(self._make_ahead, turn=partial(take_turn, settings.cache_dir))
         self._made: list[MachineSpec] = []
 
     @property

@@ -21,6 +21,7 @@ from pytest_vmsandbox.machine.controller import MachineController
 from pytest_vmsandbox.machine.disk import Disk
 from pytest_vmsandbox.machine.pool import Pool
 from pytest_vmsandbox.machine.spec import MachineSpec
+from pytest_vmsandbox.machine.turn import take_turn
 from pytest_vmsandbox.machine.worker import Worker
 
 pytestmark = pytest.mark.machine
@@ -412,6 +413,20 @@ def test_a_busy_host_is_looked_at_less_often(
 
     worker.engine.run(busy())
     assert len(looks) < 80  # 300 at the pace of the first
+
+
+def test_workers_start_ahead_one_at_a_time(worker: Worker) -> None:
+    make(worker)
+    another_workers = take_turn(worker.settings.cache_dir)
+    assert another_workers is not None
+    with another_workers:
+        assert take_turn(worker.settings.cache_dir) is None
+        foresee(worker)
+        worker.engine.run(asyncio.sleep(0.5))
+        assert worker._pool._ahead is not None
+        assert not worker._pool._ahead._begun
+
+    assert seen_ahead(worker).is_on
 
 
 def test_machines_of_the_pool_are_themselves_and_can_be_copied(worker: Worker) -> None:

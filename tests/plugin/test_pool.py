@@ -78,4 +78,49 @@ def test_durations_say_what_came_from_the_pool(pytester: pytest.Pytester, run_py
     )
 
     result.assert_outcomes(passed=2)
-    result.stdout.fnmatch_lines(["*-m2 (restored): *, from the pool"])
+    result.stdout.fnmatch_lines(["*-m2 (restored): *, from the pool, waited * s"])
+
+
+def test_a_failed_test_has_the_evidence_of_a_machine_from_the_pool(
+    pytester: pytest.Pytester, run_pytest: Run
+) -> None:
+    pytester.makeconftest(IDLE)
+    result = run_pytest(
+        """
+        import time
+
+        def test_first(vm):
+            time.sleep(0.5)
+
+        def test_second(vm):
+            assert vm.timings.from_pool
+            vm.run("echo a last word > /dev/console", check=True)
+            vm.console.wait_for("a last word")
+            assert False
+        """,
+        "--vm-keep=on-failure",
+        *("-p", "no:xdist"),
+    )
+
+    result.assert_outcomes(passed=1, failed=1)
+    result.stdout.fnmatch_lines(["*vm2: console*", "*a last word*", "*vm2: command line*"])
+    (log,) = pytester.path.rglob("console.log")
+    assert "a last word" in log.read_text()
+
+
+def test_workers_of_one_run_each_have_their_own(pytester: pytest.Pytester, run_pytest: Run) -> None:
+    pytester.makeconftest(IDLE)
+    result = run_pytest(
+        """
+        import pytest
+
+        @pytest.mark.parametrize("number", range(6))
+        def test_each(vm, number):
+            assert vm.run("test -e /tmp/behind").returncode == 1
+            vm.run("touch /tmp/behind", check=True)
+            assert vm.run("hostname").stdout == f"{vm.name}\\n"
+        """,
+        *("-n", "2"),
+    )
+
+    result.assert_outcomes(passed=6)
