@@ -23,6 +23,11 @@ def remember_children() -> None:
     _there_before.update(children())
 
 
+def new_children() -> set[int]:
+    """Those that were not there when a test began."""
+    return children() - _there_before
+
+
 def no_child_is_left() -> bool:
     """Whether there is no child that was not there when a test began."""
-    return children() <= _there_before
+    return not new_children()

@@ -109,7 +109,7 @@ def test_the_report_says_out_of_which_lifecycle_a_machine_came(run_pytest: Run) 
     result = run_pytest("def test_it(vm): assert False, 'on purpose'")
 
     result.assert_outcomes(failed=1)
-    result.stdout.fnmatch_lines(["*: facts -*", "tier *, restored r*-main-m1, image mini, *"])
+    result.stdout.fnmatch_lines(["*: facts -*", "tier *, restored r*-m1, image mini, *"])
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from pytest_vmsandbox.host.facts import Tier
 from pytest_vmsandbox.linux import OwnedFd, pidfd_is_alive, prctl_set_child_subreaper
 from pytest_vmsandbox.warden.client import Warden, open_warden
 from pytest_vmsandbox.warden.requests import Who
+from tests.children import new_children, no_child_is_left, remember_children
 from tests.people import CHECKOUT
 from tests.warden.conftest import (
     SLEEP,
@@ -111,15 +112,13 @@ def kill(pid: int, number: signal.Signals = signal.SIGKILL) -> None:
 def adopted() -> Iterator[Callable[[], bool]]:
     """Whoever is orphaned becomes our child: pid 1 of a container may reap nobody."""
     prctl_set_child_subreaper()
+    remember_children()
 
     def all_reaped() -> bool:
-        while True:
-            try:
-                pid, _ = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                return True
-            if not pid:
-                return False
+        for pid in new_children():
+            with suppress(ChildProcessError):  # reaped meanwhile by whoever started it
+                os.waitpid(pid, os.WNOHANG)
+        return no_child_is_left()
 
     try:
         yield all_reaped
