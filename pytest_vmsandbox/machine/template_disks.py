@@ -14,7 +14,6 @@ from pathlib import Path
 from pytest_vmsandbox.linux import OwnedFd
 from pytest_vmsandbox.machine.disk_layer import LayerRefused, check_layer
 from pytest_vmsandbox.machine.disks import (
-    NO_DISKS,
     READ_ONLY,
     FrozenDisks,
     keep,
@@ -59,8 +58,8 @@ def load_disks(saved: SavedDisks, directory: Path, *, room: Path) -> FrozenDisks
     Whoever removes the template, or makes it anew, changes nothing of them. Raises DisksDamaged
     where one is wrong, OSError where one can't be read or kept; nothing is left then.
     """
-    if not saved:
-        return NO_DISKS
+    if not any(saved.values()):  # nothing was written
+        return FrozenDisks(layers=dict.fromkeys(saved, ()))
     kept = new_directory(beside=room / "disks")
     try:
         layers = {
