@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from contextlib import closing
 from typing import TYPE_CHECKING, Self
 
 from pytest_vmsandbox.deadline import Deadline
 from pytest_vmsandbox.errors import RequestInvalid
+from pytest_vmsandbox.jail.off_loop import to_its_end
 from pytest_vmsandbox.machine.build import Build
 from pytest_vmsandbox.machine.capture import capture, is_as_it_was_sent
 from pytest_vmsandbox.machine.frozen import Frozen
@@ -109,14 +111,16 @@ class Copies(Power):
 
         Each has a name (`NAME-fork-1` and so on), an id, a machine-id and random numbers of its
         own, and a clock that shows the present; they share memory until they write to it, and end
-        when this one does. All run, also where this one is paused; what `popen` had started here
-        runs on in them, but nobody hears it. Raises RequestInvalid when it is powered off or
+        when this one does, or with the test that made them of a machine that tests share. All run,
+        also where this one is paused; what `popen` had started here runs on in them, but nobody
+        hears it. Raises RequestInvalid when it is powered off or
         `count` is no number from 1, MachineFailed when it or one of them fails, OSError where the
         host has no room, TimedOut after `timeout` seconds (60); there are no new machines then, and
         this one goes on.
         """
         if not isinstance(count, int) or isinstance(count, bool) or count < 1:
             raise RequestInvalid(f"fork({count!r}): a whole number from 1 is needed")
+        self._require_copyable()
         nursery = self.build.nursery
         if nursery is None:
             raise RequestInvalid(f"{self.name} can't be forked: nobody would end its twins")
@@ -127,7 +131,7 @@ class Copies(Power):
                 async with self._in_time(deadline, "the answers of its twins"):
                     await nursery.boot(twins)
             except BaseException:
-                await nursery.end(twins)
+                await to_its_end(asyncio.create_task(nursery.end(twins)))
                 raise
         return twins
 
@@ -153,7 +157,15 @@ class Copies(Power):
             for snapshot in self._snapshots:
                 snapshot.close()
 
+    def _require_copyable(self) -> None:
+        if self.build.config.freezable:
+            raise RequestInvalid(
+                "a machine that is being prepared as a template can't be copied",
+                "copy a machine out of the template, in the test",
+            )
+
     async def _captured(self, deadline: Deadline) -> Frozen:
+        self._require_copyable()
         running = self._on()
         async with self._in_time(deadline, "an instant to take it in"):
             await running.wait_answering(deadline=deadline)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Container, Sequence
 from dataclasses import replace
 from itertools import count as count_from
 from typing import TYPE_CHECKING
 
+from pytest_vmsandbox.jail.off_loop import to_its_end
 from pytest_vmsandbox.machine.build import Build
 from pytest_vmsandbox.machine.controller import MachineController
 from pytest_vmsandbox.machine.frozen import Frozen
@@ -28,7 +30,14 @@ class WorkerNursery:
 
     async def twins(self, build: Build, frozen: Frozen, *, count: int) -> list[MachineController]:
         """See `Nursery`."""
-        return [await self._twin(build, frozen) for _ in range(count)]
+        made: list[MachineController] = []
+        try:
+            while len(made) < count:
+                made.append(await self._twin(build, frozen))
+        except BaseException:
+            await to_its_end(asyncio.create_task(self.end(made)))
+            raise
+        return made
 
     async def boot(self, machines: Sequence[MachineController]) -> None:
         """See `Nursery`."""

@@ -204,6 +204,7 @@ class Worker:
         results = await asyncio.gather(
             *(machine.close() for machine in machines), return_exceptions=True
         )
+        self.names.difference_update(machine.name for machine in machines)
         failures = [result for result in results if isinstance(result, Exception)]
         if failures:
             raise ExceptionGroup("machines did not end in good order", failures)

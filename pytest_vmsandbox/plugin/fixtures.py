@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, Self, overload
 
 import pytest
 
 from pytest_vmsandbox.plugin.foresight import LAST_IMAGE
-from pytest_vmsandbox.plugin.holding import Held, hold
+from pytest_vmsandbox.plugin.holding import Held, hold, running_test
 from pytest_vmsandbox.plugin.markers import spec_of
 from pytest_vmsandbox.plugin.session import SETTINGS, base_spec, worker_of
 
@@ -188,13 +189,19 @@ class _Machines:
 
     def __init__(self, request: pytest.FixtureRequest) -> None:
         self._worker = worker_of(request.config)
+        self._config = request.config
         self._node: pytest.Item | pytest.Collector = request.node
+        self._making = False
         self._fixture = request.fixturename or ""
         self._held: list[Held] = []
         self.engine = self._worker.engine
 
     async def start(self, specs: Sequence[MachineSpec]) -> list[MachineController]:
-        made = await self._worker.make(specs, hold=self._hold)
+        self._making = True
+        try:
+            made = await self._worker.make(specs, hold=self._hold)
+        finally:
+            self._making = False
         await self._worker.boot(made)
         return made
 
@@ -203,10 +210,21 @@ class _Machines:
         # interrupted test loses sight of a machine, or of a machine's twin.
         held = Held(machine=machine, fixture=self._fixture)
         self._held.append(held)
-        hold(self._node, held)
+        test = None if self._making else running_test(self._config)
+        if test is None or test is self._node:
+            hold(self._node, held)
+            return
+        # A twin of a machine that tests share, which this one made for itself.
+        hold(test, held)
+        test.addfinalizer(partial(self._end, held))
 
     def __enter__(self) -> Self:
         return self
+
+    def _end(self, twin: Held) -> None:
+        twin.ended = True
+        self._held.remove(twin)
+        self.engine.run(self._worker.end([twin.machine]))
 
     def __exit__(self, *_: object) -> None:
         for held in self._held:

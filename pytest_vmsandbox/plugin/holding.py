@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -35,6 +37,7 @@ class Mark:
 
 
 HELD = pytest.StashKey[list[Held]]()
+_RUNNING = pytest.StashKey[pytest.Item]()
 _MARKS = pytest.StashKey[dict[str, Mark]]()
 
 
@@ -54,6 +57,21 @@ def begin(item: pytest.Item) -> None:
 def hold(node: pytest.Item | pytest.Collector, held: Held) -> None:
     """Keep a machine in sight of the tests below `node`."""
     node.stash.setdefault(HELD, []).append(held)
+
+
+@contextmanager
+def running(item: pytest.Item) -> Iterator[None]:
+    """In the block the body of `item` runs, and neither a fixture's nor another test's."""
+    item.config.stash[_RUNNING] = item
+    try:
+        yield
+    finally:
+        del item.config.stash[_RUNNING]
+
+
+def running_test(config: pytest.Config) -> pytest.Item | None:
+    """The test whose body runs now."""
+    return config.stash.get(_RUNNING, None)
 
 
 def forget_ended(item: pytest.Item) -> None:

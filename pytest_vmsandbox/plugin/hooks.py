@@ -16,7 +16,7 @@ from pytest_vmsandbox.errors import (
 )
 from pytest_vmsandbox.plugin.expectations import guests_ending_as_expected
 from pytest_vmsandbox.plugin.foresight import foresee, remember_next
-from pytest_vmsandbox.plugin.holding import begin, forget_ended, machines_of
+from pytest_vmsandbox.plugin.holding import begin, forget_ended, machines_of, running
 from pytest_vmsandbox.plugin.markers import (
     LIFECYCLE,
     MARKERS,
@@ -118,7 +118,7 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
     """Hold what became of the guests against what the test expects; foresee the next machine."""
     foresee(item)
-    with skipping_what_is_unfit(item), guests_ending_as_expected(item):
+    with skipping_what_is_unfit(item), guests_ending_as_expected(item), running(item):
         return (yield)
 
 

@@ -19,7 +19,7 @@ from pytest_vmsandbox.machine.controller import MachineController
 from pytest_vmsandbox.machine.disks import Disks
 from pytest_vmsandbox.machine.memory import is_sealed
 from pytest_vmsandbox.machine.spec import MachineSpec
-from pytest_vmsandbox.machine.worker import Worker
+from pytest_vmsandbox.machine.worker import Place, Worker
 from pytest_vmsandbox.vmm.migration_stream import StreamSplitter
 
 pytestmark = pytest.mark.machine
@@ -167,6 +167,35 @@ def test_a_machine_that_ends_meanwhile_leaves_nothing(
         assert _copies_of_disks(controller) == of_template
         before = before or open_descriptors()
         assert len(open_descriptors()) == len(before)
+
+
+def test_twins_of_whom_only_some_came_to_be_end(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[MachineController] = []
+    (controller,) = worker.engine.run(worker.make([MachineSpec()], hold=held.append))
+    worker.engine.run(worker.boot([controller]))
+    real, names = worker.place, set(worker.names)
+
+    async def give_up() -> None:
+        forking = asyncio.create_task(controller.fork(4))
+
+        async def place(name: str | None = None) -> Place:
+            if len(held) == 3:
+                forking.cancel()
+                await asyncio.sleep(10)
+            return await real(name)
+
+        monkeypatch.setattr(worker, "place", place)
+        with pytest.raises(asyncio.CancelledError):
+            await forking
+
+    worker.engine.run(give_up())
+
+    assert len(held) == 3
+    assert not [twin for twin in held[1:] if twin.build.config.directory.exists()]
+    assert worker.names == names
+    worker.engine.run(worker.end([controller]))
 
 
 def test_nobody_changes_the_state_of_a_snapshot(vm: Machine) -> None:

@@ -314,6 +314,15 @@ def test_one_that_is_off_at_the_end_of_its_setup_can_not_be_frozen(builder: Buil
         builder.build(setup=setup, name="off")
 
 
+@pytest.mark.parametrize("verb", ["snapshot", "fork"])
+def test_one_that_is_prepared_can_not_be_copied(builder: Builder, verb: str) -> None:
+    def setup(vm: Machine) -> None:
+        vm.snapshot() if verb == "snapshot" else vm.fork(1)
+
+    with pytest.raises(RequestInvalid, match=r"being prepared(?s:.*)in the test"):
+        builder.build(setup=setup, name="copied", key=verb)
+
+
 def test_a_coroutine_that_nobody_awaits_is_refused(builder: Builder) -> None:
     async def work(vm: AsyncMachine) -> None: ...
 
