@@ -47,9 +47,11 @@ class Lifecycles:
         if not demanded:
             return build
         reason = self._given_up[recipe.digest]
+        remedy = 'ask for lifecycle="booted", or for none'
+        if build.clock == "frozen":
+            remedy = 'clock="frozen" goes on from a template: leave it out'
         raise RequestInvalid(
-            f"{build.config.name} can't be restored: {_why(reason)}",
-            'ask for lifecycle="booted", or for none',
+            f"{build.config.name} can't be restored: {_why(reason)}", remedy
         ) from reason
 
     async def _pays(self, build: Build, recipe: Recipe) -> bool:

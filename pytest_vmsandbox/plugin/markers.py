@@ -64,6 +64,13 @@ def _of_one_run(wishes: Mapping[str, Any]) -> dict[str, Any]:
     return {name: wish for name, wish in wishes.items() if (name, wish) != ("lifecycle", "both")}
 
 
+def _of_each_run(wishes: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What a marker asks for in each of the runs that it asks for."""
+    if wishes.get("lifecycle") != "both":
+        return [dict(wishes)]
+    return [{**wishes, "lifecycle": lifecycle} for lifecycle in BOTH]
+
+
 def capabilities_of(item: pytest.Item) -> list[Capability]:
     """What `item` demands of the host."""
     return [
@@ -89,7 +96,8 @@ def _check_vm(marker: pytest.Mark) -> None:
             f"@pytest.mark.vm takes keyword arguments only, not {marker.args!r}",
             "for instance @pytest.mark.vm(memory_mib=256)",
         )
-    MachineSpec().changed(_of_one_run(marker.kwargs))
+    for wishes in _of_each_run(marker.kwargs):
+        MachineSpec().changed(wishes)
 
 
 def _check_both(item: pytest.Item) -> None:

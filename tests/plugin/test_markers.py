@@ -16,6 +16,8 @@ Run = Callable[..., pytest.RunResult]
         ("vm(memory_mib=1)", "*memory_mib=1 must be a whole number from 80*"),
         ("vm(cpus='2')", "*cpus='2' must be a whole number*"),
         ("vm(accel='xen')", "*accel='xen' must be one of auto, kvm, tcg, hvf*"),
+        ("vm(clock='utc')", "*clock='utc' must be one of host, frozen*"),
+        ("vm(clock='frozen', lifecycle='booted')", "*clock=*frozen*goes on from a template*"),
         ("vm(256)", "*keyword arguments only, not (256,)*"),
         ("vm_requires('kwm')", "*'kwm' is not a valid Capability*"),
         ("vm_requires()", "*takes the names of capabilities*"),
@@ -75,6 +77,18 @@ def test_a_wrong_mark_on_a_class_or_a_module_is_found_too(run_pytest: Run) -> No
     for result in (on_class, on_module):
         result.assert_outcomes(errors=1)
         result.stdout.fnmatch_lines(["*cpus=0 must be a whole number from 1*"])
+
+
+def test_a_clock_that_can_not_be_frozen_in_both_runs_is_an_error_in_both(run_pytest: Run) -> None:
+    result = run_pytest("""
+        import pytest
+
+        @pytest.mark.vm(clock="frozen", lifecycle="both")
+        def test_marked(vm): pass
+    """)
+
+    result.assert_outcomes(errors=2)
+    result.stdout.fnmatch_lines(["*clock=*frozen*goes on from a template*"])
 
 
 def test_wrong_marks_are_errors_under_xdist_too(run_pytest: Run) -> None:
