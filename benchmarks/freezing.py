@@ -73,7 +73,7 @@ async def _freeze_ms(build: Build, cache_dir: Path) -> tuple[float, float]:
         machine = MachineController(replace(shared, id=f"{build.id}-t"))
         try:
             await machine.power_on()
-            async with templates.making(recipe, time_scale=build.time_scale) as making:
+            async with templates.making(recipe) as making:
                 started = time.perf_counter()
                 frozen = await freeze_for_good(machine, memory)
                 frozen_s = time.perf_counter() - started

@@ -13,7 +13,7 @@ from rich.console import Console
 from pytest_vmsandbox.cli.arguments import add_cache_argument, cache_of
 from pytest_vmsandbox.cli.progress import RichProgress
 from pytest_vmsandbox.errors import RequestInvalid, visible
-from pytest_vmsandbox.machine.template import OtherFormat, TemplateDamaged, check_template
+from pytest_vmsandbox.machine.template import OtherFormat, TemplateDamaged
 from pytest_vmsandbox.machine.template_cache import Shelved, TemplateCache
 
 _DAMAGED = "damaged"
@@ -126,7 +126,9 @@ def _row(cache: TemplateCache, one: Shelved, *, now: float) -> TemplateRow:
 def _judgement(cache: TemplateCache, one: Shelved, *, every_byte: bool) -> str:
     """What is wrong with it; without `every_byte`, only what its manifest shows."""
     try:
-        check_template(cache.chain_of(one.directory), every_byte=every_byte)
+        cache.check(one.directory, every_byte=every_byte)
+    except FileNotFoundError:
+        return "gone meanwhile"
     except OtherFormat:
         return "of another version of pytest-vmsandbox"
     except TemplateDamaged as damaged:

@@ -60,6 +60,7 @@ class Build:
     image: str
     image_digest: str
     time_scale: float
+    qemu_version: str
     disks: Sequence[DiskPlan] = ()
     frozen: Frozen | None = None
     nursery: Nursery | None = None

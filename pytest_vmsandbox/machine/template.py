@@ -11,6 +11,7 @@ lock            held by whoever makes it or uses it
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -39,6 +40,11 @@ from pytest_vmsandbox.machine.template_disks import (
 
 # It grows whenever a template of the older form would be misread.
 FORMAT = 4
+
+_OF_THE_HOST = frozenset(
+    getattr(errno, name)
+    for name in ("EMFILE", "ENFILE", "ENOMEM", "EIO", "ENOSPC", "EDQUOT", "ENOLCK", "ESTALE")
+)
 
 STATE, CONSOLE, MANIFEST = "state", "console", "manifest.json"
 
@@ -157,6 +163,7 @@ def read_manifest(directory: Path) -> Manifest:
     try:
         form = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
+        _require_damage(error)
         raise TemplateDamaged(f"{path}: {error}") from error
     match form:
         case {
@@ -225,6 +232,7 @@ def load_template(chain: Sequence[Path], recipe: Recipe, *, room: Path) -> tuple
             raise
     except (OSError, MemoryDamaged, DisksDamaged) as error:
         memory.close()
+        _require_damage(error)
         raise TemplateDamaged(str(error)) from error
     except BaseException:
         memory.close()
@@ -246,6 +254,7 @@ def check_template(chain: Sequence[Path], *, every_byte: bool = True) -> None:
         _console(chain[0], top)
         check_disks(top.disks, chain[0])
     except (OSError, MemoryDamaged, DisksDamaged) as error:
+        _require_damage(error)
         raise TemplateDamaged(str(error)) from error
 
 
@@ -257,6 +266,12 @@ def read_chain(chain: Sequence[Path]) -> list[Manifest]:
         if manifest.base != stands_on or (below and below.memory_bytes != manifest.memory_bytes):
             raise TemplateDamaged(f"{directory}: what it was made on is there no more")
     return manifests
+
+
+def _require_damage(error: Exception) -> None:
+    """Raise it again where it says nothing of the template, but of the host."""
+    if isinstance(error, OSError) and error.errno in _OF_THE_HOST:
+        raise error
 
 
 def _state(directory: Path, manifest: Manifest) -> bytes:

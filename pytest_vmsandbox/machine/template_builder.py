@@ -149,9 +149,7 @@ class TemplateBuilder:
         templates, run = self._worker.templates, self._engine.run
         if run(templates.find(template.recipe)):
             return
-        with self._engine.entered(
-            templates.making(template.recipe, time_scale=build.time_scale)
-        ) as making:
+        with self._engine.entered(templates.making(template.recipe)) as making:
             if run(templates.find(template.recipe)):
                 return
             base = run(templates.kept(build, below))

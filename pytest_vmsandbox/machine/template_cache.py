@@ -13,12 +13,14 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
-from collections.abc import AsyncIterator, Callable
-from contextlib import ExitStack, asynccontextmanager, suppress
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from pytest_vmsandbox.deadline import Deadline
+from pytest_vmsandbox.jail.off_loop import off_loop
 from pytest_vmsandbox.linux import OwnedFd
 from pytest_vmsandbox.machine.frozen import Frozen
 from pytest_vmsandbox.machine.template import (
@@ -27,6 +29,7 @@ from pytest_vmsandbox.machine.template import (
     Manifest,
     Recipe,
     TemplateDamaged,
+    check_template,
     load_template,
     read_manifest,
 )
@@ -55,6 +58,12 @@ LIMIT_BYTES = 4 << 30
 _DEEPEST = 64
 
 _POLL_S = 0.05
+# How often who waits for another one's making is told of it.
+_TELL_S = 10.0
+
+
+def _ignore(_waited_s: float) -> None:
+    pass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,24 +125,26 @@ class TemplateCache:
 
     @asynccontextmanager
     async def making(
-        self, recipe: Recipe, *, deadline: Deadline, on_wait: Callable[[], None] = lambda: None
+        self, recipe: Recipe, *, deadline: Deadline, on_wait: Callable[[float], None] = _ignore
     ) -> AsyncIterator[Making]:
         """Only one process at a time is in this block for the same recipe; TimedOut if too long.
 
-        `on_wait` is told once if another one is. Raises OSError where nothing can be written.
+        While another one is, who lives since it holds the lock, `on_wait` is told now and then for
+        how many seconds. Raises OSError where nothing can be written.
         """
-        making = self._begin(recipe)
-        if making is None:
-            on_wait()
-        while making is None:
+        began, tell_at = time.monotonic(), 0.0
+        while True:
+            async with off_loop(self._attempt(recipe)) as making:
+                if making is not None:
+                    yield making
+                    return
+            waited_s = time.monotonic() - began
             if deadline.passed:
                 raise deadline.timed_out(f"the end of who makes {self._place(recipe.digest)}")
+            if waited_s >= tell_at:
+                on_wait(waited_s)
+                tell_at += _TELL_S
             await asyncio.sleep(_POLL_S)
-            making = self._begin(recipe)
-        try:
-            yield making
-        finally:
-            await asyncio.to_thread(making.end)
 
     def shelved(self) -> list[Shelved]:
         """All that are published, the one that was used last at the end."""
@@ -150,6 +161,15 @@ class TemplateCache:
             if len(chain) > _DEEPEST:
                 raise TemplateDamaged(f"{directory}: it stands on itself")
         return chain
+
+    def check(self, directory: Path, *, every_byte: bool) -> None:
+        """Compare a template with its manifest; TemplateDamaged says what differs.
+
+        It is in use meanwhile. FileNotFoundError where it is gone, or about to go.
+        """
+        with ExitStack() as undo:
+            chain, _ = self._chain_in_use(directory, undo)
+            check_template(chain, every_byte=every_byte)
 
     def remove(self, directory: Path) -> bool:
         """Remove a template; False where one stands on it, or a process uses it."""
@@ -184,6 +204,15 @@ class TemplateCache:
                 return  # the others are in use
             shelved = self.shelved()
 
+    @contextmanager
+    def _attempt(self, recipe: Recipe) -> Iterator[Making | None]:
+        making = self._begin(recipe)
+        try:
+            yield making
+        finally:
+            if making is not None:
+                making.end()
+
     def _begin(self, recipe: Recipe) -> Making | None:
         """Become the one who makes it; None where somebody else is."""
         make_shelf(self.directory)
@@ -197,15 +226,20 @@ class TemplateCache:
 
     def _shared(self, recipe: Recipe, undo: ExitStack) -> tuple[list[Path], list[OwnedFd]]:
         """Where it and all that it stands on lie, and the locks of those who use them."""
+        return self._chain_in_use(self._place(recipe.digest), undo)
+
+    def _chain_in_use(self, place: Path, undo: ExitStack) -> tuple[list[Path], list[OwnedFd]]:
         if not is_shelf(self.directory):
             raise FileNotFoundError(self.directory)
         with changing(self.directory):
-            chain = self.chain_of(self._place(recipe.digest))
+            if not place.is_dir():
+                raise FileNotFoundError(place)
+            chain = self.chain_of(place)
             locks = []
             for directory in chain:
                 lock = share(directory)
                 if lock is None:
-                    raise TemplateDamaged(f"{directory}: somebody is about to remove it")
+                    raise FileNotFoundError(f"{directory}: somebody is about to remove it")
                 undo.callback(lock.close)
                 locks.append(lock)
         return chain, locks

@@ -4,7 +4,8 @@
     DIGEST/lock       shared by the processes that use a template, alone held by its maker
 
 The second kind lies in the template's own directory, and goes with it: none is ever left over.
-Locks are let go of by closing, never by LOCK_UN: that would take them from our parent too.
+Those of the second kind are let go of by closing, never by LOCK_UN: that would take them from our
+parent too.
 """
 
 from __future__ import annotations
@@ -39,7 +40,11 @@ def changing(directory: Path) -> Iterator[None]:
             if deadline.passed:
                 raise deadline.timed_out(f"the lock {directory / _CACHE_LOCK}")
             time.sleep(_POLL_S)
-        yield
+        try:
+            yield
+        finally:
+            # Who was forked meanwhile by another thread has it too, and would keep it.
+            fcntl.flock(lock, fcntl.LOCK_UN)
 
 
 def share(template: Path) -> OwnedFd | None:

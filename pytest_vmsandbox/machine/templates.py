@@ -27,8 +27,6 @@ from pytest_vmsandbox.machine.template_cache import Kept, Making, TemplateCache
 from pytest_vmsandbox.vmm.launch import Handed, Memory, VmmView
 from pytest_vmsandbox.vmm.qemu import QemuConfig, render_command
 
-# What making one may take, waiting for another process that makes it included.
-MAKE_S = 300.0
 FREEZE_S = 30.0
 
 NAME = "template"
@@ -48,6 +46,7 @@ class Templates:
         self._room = room
         self._progress = progress
         self._kept: dict[str, Kept] = {}
+        self._unreadable: set[str] = set()
         self._finding = asyncio.Lock()
         self.incidents: list[str] = []
 
@@ -64,7 +63,7 @@ class Templates:
         async with self._finding:
             if found := await self.find(recipe):
                 return found
-            async with self.making(recipe, time_scale=build.time_scale) as making:
+            async with self.making(recipe) as making:
                 if found := await self.find(recipe):
                     return found
                 self._progress.step(f"template of {build.image}: booting it once, and freezing it")
@@ -107,6 +106,12 @@ class Templates:
             except asyncio.CancelledError:
                 loading.add_done_callback(_give_back)
                 raise
+            except TimedOut:
+                raise
+            except OSError as error:  # of the host: what others may use is not replaced for it
+                self._unreadable.add(recipe.digest)
+                self.not_kept(recipe, error)
+                return None
             if found is None:
                 return None
             if self._kept.setdefault(recipe.digest, found) is not found:
@@ -114,17 +119,19 @@ class Templates:
         return self._kept[recipe.digest]
 
     @asynccontextmanager
-    async def making(self, recipe: Recipe, *, time_scale: float) -> AsyncIterator[Making | None]:
+    async def making(self, recipe: Recipe) -> AsyncIterator[Making | None]:
         """Be the only one who makes it; None where the cache can't be written."""
-        deadline = Deadline.after(seconds=MAKE_S * time_scale)
-        waits = f"{recipe.title}: waiting for another process, which makes it"
+        deadline = Deadline.after(seconds=None)  # its maker lives, and a setup may take long
+
+        def tell(waited_s: float) -> None:
+            waits = f"{recipe.title}: waiting for another process, which makes it"
+            self._progress.step(f"{waits} ({waited_s:.0f} s)" if waited_s >= 1 else waits)
+
         async with AsyncExitStack() as stack:
             making = None
             try:
                 making = await stack.enter_async_context(
-                    self._cache.making(
-                        recipe, deadline=deadline, on_wait=partial(self._progress.step, waits)
-                    )
+                    self._cache.making(recipe, deadline=deadline, on_wait=tell)
                 )
             except TimedOut:
                 raise
@@ -141,7 +148,8 @@ class Templates:
         """
         self._kept[recipe.digest] = Kept(manifest=None, frozen=frozen, locks=())
         standing = _standing(base)
-        if making is not None and (base is None or standing is not None):
+        wanted = making is not None and recipe.digest not in self._unreadable
+        if making is not None and wanted and (base is None or standing is not None):
             write = partial(save_template, recipe=recipe, frozen=frozen, base=standing)
 
             def publish() -> None:
@@ -231,12 +239,12 @@ def recipe_of(build: Build) -> Recipe:
             "files": ", ".join(
                 _version_of(file) for file in config.files if isinstance(file, Path)
             ),
-            "vmm": f"{config.program} {_version_of(Path(config.program))}",
+            "vmm": f"{config.program} {build.qemu_version} {_version_of(Path(config.program))}",
             "disks": "; ".join(plan.identity for plan in build.disks),
             "command": shlex.join(render_command(_without_this_run(config))),
             # What a VMM without walls wrote is for no VMM that has them.
             "walls": "no" if build.tier == Tier.BARE else "yes",
-            "processor": _processor() if config.accel == "kvm" else "emulated",
+            "processor": _processor() if config.accel == "kvm" else f"emulated by {_clock()}",
         },
     )
 
@@ -261,6 +269,17 @@ def _processor() -> str:
     return f"{platform.machine()} {platform.release()} " + "; ".join(
         sorted({line for line in lines if line.startswith(wanted)})
     )
+
+
+def _clock() -> str:
+    """What an emulated guest has measured its clock by: the host's processor, and its TSC."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    models = sorted(
+        {line.partition(":")[2].strip() for line in lines if line.startswith("model name")}
+    )
+    tsc = Path("/sys/devices/system/cpu/cpu0/tsc_freq_khz")
+    known = tsc.read_text(encoding="ascii").strip() if tsc.exists() else "unknown"
+    return f"{platform.machine()} {'; '.join(models)}, TSC {known}"
 
 
 def _standing(base: Kept | None) -> Standing | None:

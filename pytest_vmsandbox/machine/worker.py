@@ -336,6 +336,7 @@ class Worker:
             tier=tier,
             image=image.name,
             image_digest=image.digest,
+            qemu_version=facts.qemu.version,
             time_scale=self.settings.timeout_scale * facts.time_scale,
             disks=disks,
             clock=spec.clock,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -22,6 +23,7 @@ from pytest_vmsandbox.machine.lifecycles import Lifecycles
 from pytest_vmsandbox.machine.memory import is_sealed
 from pytest_vmsandbox.machine.spec import MachineSpec
 from pytest_vmsandbox.machine.template_cache import TemplateCache
+from pytest_vmsandbox.machine.template_shelf import make_shelf
 from pytest_vmsandbox.machine.templates import Templates, recipe_of
 from pytest_vmsandbox.machine.worker import Worker
 from pytest_vmsandbox.vmm.qemu import MachineType
@@ -131,18 +133,50 @@ def test_a_template_that_can_not_be_kept_is_used_none_the_less(
         worker.engine.run(worker.end([machine]))
 
 
-def test_a_lock_that_is_held_too_long_costs_the_template_and_not_the_test(
+def test_who_waits_for_a_maker_that_lives_waits_as_long_as_it_takes(
     worker: Worker, scratch: Path
 ) -> None:
     cache = TemplateCache(scratch / "cache")
     with _lifecycles(worker, cache=scratch / "cache") as lifecycles:
         build = replace(_build(worker), time_scale=0.001)
+        waited: list[float] = []
 
-        chosen = worker.engine.run(_while_another_makes_it(cache, lifecycles, build))
+        with pytest.raises(RequestInvalid):  # a millisecond is too short to boot in
+            worker.engine.run(_after_another_gave_up(cache, lifecycles, build, waited))
 
-        assert chosen.frozen is None
+        assert waited[0] >= 1.5
         (told,) = lifecycles.incidents
-        assert "who makes" in told
+        assert "who makes" not in told
+
+
+def test_a_cache_that_can_not_be_locked_costs_the_next_run_its_template_and_no_test(
+    worker: Worker, scratch: Path
+) -> None:
+    cache = TemplateCache(scratch / "cache")
+    make_shelf(cache.directory)
+    (cache.directory / ".lock").symlink_to("nowhere")
+    with _lifecycles(worker, cache=scratch / "cache") as lifecycles:
+        chosen = worker.engine.run(lifecycles.restored(_build(worker), demanded=True))
+
+        assert chosen.frozen is not None
+        (told,) = lifecycles.incidents
+        assert "made for this run only" in told
+
+
+def test_a_recipe_says_which_qemu_it_is_and_what_its_clock_was_measured_by(
+    worker: Worker,
+) -> None:
+    build = _build(worker)
+    assert worker.facts.qemu is not None
+    (model,) = {
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    } or {""}
+
+    assert worker.facts.qemu.version in recipe_of(build).parts["vmm"]
+    assert model in recipe_of(build).parts["processor"]
+    assert recipe_of(replace(build, qemu_version="0")).digest != recipe_of(build).digest
 
 
 def test_an_image_that_does_not_boot_is_tried_once_for_a_template_and_told_without_the_time(
@@ -161,12 +195,19 @@ def test_an_image_that_does_not_boot_is_tried_once_for_a_template_and_told_witho
         assert "it did not boot: Kernel panic" in told
 
 
-async def _while_another_makes_it(
-    cache: TemplateCache, lifecycles: Lifecycles, build: Build
-) -> Build:
-    async with cache.making(recipe_of(build), deadline=Deadline.after(seconds=10)):
-        async with asyncio.timeout(60):
-            return await lifecycles.restored(build, demanded=False)
+async def _after_another_gave_up(
+    cache: TemplateCache, lifecycles: Lifecycles, build: Build, waited: list[float]
+) -> None:
+    began = time.monotonic()
+    async with asyncio.timeout(60):
+        async with cache.making(recipe_of(build), deadline=Deadline.after(seconds=10)):
+            waiting = asyncio.create_task(lifecycles.restored(build, demanded=True))
+            await asyncio.sleep(1.5)
+            assert not waiting.done()
+        try:
+            await waiting
+        finally:
+            waited.append(time.monotonic() - began)
 
 
 @contextmanager

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import random
+import resource
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -28,6 +31,7 @@ from pytest_vmsandbox.machine.template import (
     read_manifest,
 )
 from pytest_vmsandbox.machine.template_cache import Kept, TemplateCache
+from pytest_vmsandbox.machine.template_locks import changing
 from pytest_vmsandbox.machine.template_shelf import MARK, NAME
 from tests.machine.handmade import (
     MEMORY_BYTES,
@@ -374,7 +378,7 @@ def test_of_two_who_want_the_same_one_the_second_waits(cache: TemplateCache) -> 
     async def make(name: str) -> None:
         deadline = Deadline.after(seconds=20)
         async with cache.making(
-            RECIPE, deadline=deadline, on_wait=lambda: order.append(f"{name} waits")
+            RECIPE, deadline=deadline, on_wait=lambda _: order.append(f"{name} waits")
         ):
             order.append(f"{name} in")
             await asyncio.sleep(0.2)
@@ -385,8 +389,136 @@ def test_of_two_who_want_the_same_one_the_second_waits(cache: TemplateCache) -> 
 
     asyncio.run(both())
 
-    assert order == ["one in", "other waits", "one out", "other in", "other out"]
+    first, second = sorted(("one", "other"), key=lambda name: order.index(f"{name} in"))
+    assert order == [
+        *(f"{first} in", f"{second} waits", f"{first} out"),
+        *(f"{second} in", f"{second} out"),
+    ]
     assert names_in(cache.directory) == {".lock", MARK}
+
+
+def test_who_waits_is_told_now_and_then_and_can_give_up(
+    cache: TemplateCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pytest_vmsandbox.machine.template_cache._TELL_S", 0.1)
+    told: list[float] = []
+
+    async def wait() -> None:
+        never = Deadline.after(seconds=None)
+        async with cache.making(RECIPE, deadline=never):
+            with pytest.raises(TimeoutError):
+                async with (
+                    asyncio.timeout(0.7),
+                    cache.making(RECIPE, deadline=never, on_wait=told.append),
+                ):
+                    pytest.fail("there were two")
+
+    asyncio.run(wait())
+
+    assert len(told) >= 3
+    assert told == sorted(told)
+    assert told[0] < 0.3 < told[-1]
+    assert names_in(cache.directory) == {".lock", MARK}
+
+
+def test_who_has_to_wait_for_the_cache_holds_up_nobody(cache: TemplateCache, place: Path) -> None:
+    entered, leave = threading.Event(), threading.Event()
+
+    def change() -> None:
+        with changing(cache.directory):
+            entered.set()
+            leave.wait(20)
+
+    async def make() -> None:
+        async with cache.making(RECIPE, deadline=Deadline.after(seconds=5)):
+            pass
+
+    async def both() -> None:
+        making = asyncio.create_task(make())
+        await asyncio.sleep(0.3)  # which would not end before the other one had left
+        assert not making.done()
+        leave.set()
+        await making
+
+    changer = threading.Thread(target=change)
+    changer.start()
+    assert entered.wait(5)
+    began = time.monotonic()
+    asyncio.run(both())
+    changer.join()
+
+    assert time.monotonic() - began < 5
+
+
+def test_who_was_forked_meanwhile_keeps_nobody_out(cache: TemplateCache, place: Path) -> None:
+    program = (
+        "import os, sys, time\n"
+        "from pathlib import Path\n"
+        "from pytest_vmsandbox.machine.template_locks import changing\n"
+        "with changing(Path(sys.argv[1])):\n"
+        "    if os.fork() == 0:\n"
+        "        sys.stdin.read()\n"
+        "        os._exit(0)\n"
+        "print('left', flush=True)\n"
+        "os.wait()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program, cache.directory],
+        cwd=CHECKOUT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as parent:
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == b"left\n"
+        began = time.monotonic()
+        with changing(cache.directory):
+            took_s = time.monotonic() - began
+        parent.communicate()
+
+    assert took_s < 5
+
+
+def test_a_host_without_descriptors_left_is_no_damage(cache: TemplateCache, place: Path) -> None:
+    right = loads_as(cache)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    outcomes: list[bytes | None] = []
+    for spare in range(1, 14):
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            with open("/dev/null", "rb") as free:  # noqa: PTH123 - the lowest that is free
+                resource.setrlimit(resource.RLIMIT_NOFILE, (free.fileno() + spare, hard))
+            outcomes.append(loads_as(cache))
+        except OSError as error:
+            outcomes.append(str(error.errno).encode())
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+    assert set(outcomes) <= {right, str(errno.EMFILE).encode()}
+    assert len(set(outcomes)) == 2
+
+
+def test_what_is_compared_is_in_use_meanwhile(cache: TemplateCache, place: Path) -> None:
+    (place / CONSOLE).unlink()
+    os.mkfifo(place / CONSOLE)
+    told: list[BaseException] = []
+
+    def check() -> None:
+        try:
+            cache.check(place, every_byte=True)
+        except TemplateDamaged as damaged:
+            told.append(damaged)
+
+    checking = threading.Thread(target=check)
+    checking.start()
+    with (place / CONSOLE).open("wb"):  # as soon as somebody reads it
+        assert cache.in_use(place)
+        assert not cache.remove(place)
+    checking.join(20)
+
+    assert "its console" in str(told[0])
+    assert cache.remove(place)
+    with pytest.raises(FileNotFoundError):
+        cache.check(place, every_byte=True)
 
 
 def test_who_waits_too_long_is_told_so(cache: TemplateCache) -> None:
