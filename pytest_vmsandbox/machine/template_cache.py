@@ -48,6 +48,7 @@ from pytest_vmsandbox.machine.template_shelf import (
     make_shelf,
     published_in,
     remove_tree,
+    strange_in,
     unfinished_in,
 )
 
@@ -114,6 +115,8 @@ class TemplateCache:
         with ExitStack() as undo:
             try:
                 chain, locks = self._shared(recipe, undo)
+                for strange in filter(None, map(strange_in, chain)):
+                    raise TemplateDamaged(f"{strange}: others may have written it")
                 manifest, frozen = load_template(chain, recipe, room=room)
             except (TemplateDamaged, FileNotFoundError, NotADirectoryError):
                 return None

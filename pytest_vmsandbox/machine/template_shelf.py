@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pytest_vmsandbox.errors import RequestInvalid
+from pytest_vmsandbox.linux import OwnedFd
 
 # Not a name that anything else has, for a cache directory may be a project's.
 NAME = "vmsandbox-templates"
@@ -77,6 +78,26 @@ def published_in(directory: Path) -> Iterator[Path]:
 def unfinished_in(directory: Path) -> Iterator[Path]:
     """What is being made or on its way out, or was when its process was killed."""
     return _directories(directory, _UNFINISHED)
+
+
+def strange_in(template: Path) -> str | None:
+    """What of a template's directory others may have written, or is no file; None if nothing.
+
+    OSError where it is no directory, or a link to one.
+    """
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    with OwnedFd(os.open(template, flags)) as directory:
+        if not _is_ours(os.fstat(directory)):
+            return str(template)
+        for name in sorted(os.listdir(directory)):  # noqa: PTH208 - of what is open, not of a path
+            state = os.stat(name, dir_fd=directory, follow_symlinks=False)
+            if not stat.S_ISREG(state.st_mode) or not _is_ours(state):
+                return str(template / name)
+    return None
+
+
+def _is_ours(state: os.stat_result) -> bool:
+    return state.st_uid == os.geteuid() and not state.st_mode & 0o022
 
 
 def remove_tree(path: Path | None) -> None:

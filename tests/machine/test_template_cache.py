@@ -619,6 +619,43 @@ def test_a_directory_that_others_may_write_is_refused(
             attempt()
 
 
+@pytest.mark.parametrize("name", ["", *FILES])
+@pytest.mark.parametrize("bits", [0o020, 0o002])
+def test_a_template_that_others_may_write_is_made_anew(
+    cache: TemplateCache, place: Path, name: str, bits: int
+) -> None:
+    (place / name).chmod((place / name).stat().st_mode | bits)
+
+    assert loads_as(cache) is None
+    publish(cache, frozen_by_hand(1)).close()
+    assert loads_as(cache) is not None
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_template_that_is_made_of_links_is_made_anew(
+    cache: TemplateCache, place: Path, tmp_path: Path, name: str
+) -> None:
+    (place / name).rename(tmp_path / "elsewhere")
+    (place / name).symlink_to(tmp_path / "elsewhere")
+
+    assert loads_as(cache) is None
+    publish(cache, frozen_by_hand(1)).close()
+    assert loads_as(cache) is not None
+    assert (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="VMS-TEST-ROOT: only root gives files away")
+@pytest.mark.parametrize("name", ["", *FILES])
+def test_a_template_of_somebody_else_is_made_anew(
+    cache: TemplateCache, place: Path, name: str
+) -> None:
+    os.chown(place / name, 12345, 12345)
+
+    assert loads_as(cache) is None
+    publish(cache, frozen_by_hand(1)).close()
+    assert loads_as(cache) is not None
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="VMS-TEST-ROOT: only root gives files away")
 def test_a_directory_of_somebody_else_is_refused(cache: TemplateCache, place: Path) -> None:
     os.chown(cache.directory, 12345, 12345)
