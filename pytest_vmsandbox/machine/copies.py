@@ -25,8 +25,8 @@ CAPTURE_S = 60.0
 class Snapshot:
     """A machine as it was at one instant: `snapshot()` gives it, `restore()` takes it.
 
-    It holds as much of the host's memory as the guest had in use, until it is closed or its
-    machine ends. Leaving it as a context closes it.
+    It holds as much of the host's memory as the guest had in use, and of the run directory as its
+    disks had taken, until it is closed or its machine ends. Leaving it as a context closes it.
     """
 
     def __init__(self, machine: str, frozen: Frozen) -> None:

@@ -25,3 +25,15 @@ def worker() -> Iterator[Worker]:
         with closing(Worker(settings)) as worker:
             yield worker
         assert list((Path(short) / "run").glob("*")) == []
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """An image of 8 MiB that says so at its beginning and in the middle."""
+    path = tmp_path / "source.img"
+    content = bytearray(8 << 20)
+    content[0:6] = b"first\n"
+    content[4 << 20 : (4 << 20) + 7] = b"middle\n"
+    path.write_bytes(content)
+    tmp_path.chmod(0o755)
+    return path

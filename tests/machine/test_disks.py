@@ -44,18 +44,6 @@ def _line(vm: Machine, *, at: int = 0, disk: str = DISK0) -> str:
     return vm.run(f"dd if={disk} bs=1M skip={at} count=1 2>/dev/null | tr -d '\\0'").stdout[:-1]
 
 
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    """An image of 8 MiB that says so at its beginning and in the middle."""
-    path = tmp_path / "source.img"
-    content = bytearray(8 * MIB)
-    content[0:6] = b"first\n"
-    content[4 * MIB : 4 * MIB + 7] = b"middle\n"
-    path.write_bytes(content)
-    tmp_path.chmod(0o755)
-    return path
-
-
 def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
