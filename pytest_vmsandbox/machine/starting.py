@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
@@ -14,6 +15,7 @@ from pytest_vmsandbox.errors import (
     SocketAuthError,
     TimedOut,
 )
+from pytest_vmsandbox.jail.off_loop import to_its_end
 from pytest_vmsandbox.machine.console import Console
 from pytest_vmsandbox.machine.order import PowerOn
 from pytest_vmsandbox.machine.running import Running
@@ -43,7 +45,7 @@ async def open_running(
             process = await stack.enter_async_context(launcher.launch(order.request))
             running = Running(order, console, process)
             on_started(running)
-            stack.push_async_callback(running.close)
+            stack.push_async_callback(_close, running)
             await _booting(running.connect(deadline=deadline), running)
         if order.frozen is None:
             with timings.measuring("boot_s"):
@@ -54,6 +56,11 @@ async def open_running(
                     await _booting(running.load(order.frozen, deadline=deadline), running)
                 await _booting(running.individualize(order.frozen, deadline=deadline), running)
         yield running
+
+
+async def _close(running: Running) -> None:
+    """Close it to the last line, however often whoever gives it up is cancelled."""
+    await to_its_end(asyncio.create_task(running.close()))
 
 
 async def _booting(step: Coroutine[Any, Any, None], running: Running) -> None:

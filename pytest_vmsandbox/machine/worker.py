@@ -196,7 +196,8 @@ class Worker:
             await asyncio.gather(*boots)
         finally:
             for boot in boots:
-                boot.cancel()
+                if not boot.cancelling():  # gather may have: a second one would hurry its clean-up
+                    boot.cancel()
             await asyncio.gather(*boots, return_exceptions=True)
 
     async def end(self, machines: Sequence[MachineController]) -> None:

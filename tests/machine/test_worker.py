@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -97,3 +98,38 @@ async def test_three_machines_answer_side_by_side(async_vm_factory: AsyncMachine
     answers = await asyncio.gather(*(machine.run("cat /etc/machine-id") for machine in machines))
 
     assert len({answer.stdout for answer in answers}) == 3
+
+
+@pytest.mark.machine
+@pytest.mark.parametrize("delay_s", [0.0, 0.02, 0.04, 0.06, 0.08, 0.1])
+def test_a_start_that_is_cancelled_over_and_over_leaves_no_line(
+    worker: Worker, delay_s: float
+) -> None:
+    async def live() -> None:
+        made = await worker.make([MachineSpec()])
+        await worker.boot(made)
+        await worker.end(made)
+
+    async def give_up() -> None:
+        (machine,) = await worker.make([MachineSpec()])
+        boot = asyncio.create_task(machine.power_on())
+        await asyncio.sleep(delay_s)
+        while not boot.done():
+            boot.cancel()
+            await asyncio.sleep(0.001)
+        await worker.end([machine])
+
+    run = worker.engine.run
+    run(live())  # what is held from the first machine on is held now
+    before = _open_sockets()
+    run(give_up())
+
+    assert _open_sockets() == before
+
+
+def _open_sockets() -> list[str]:
+    links = []
+    for entry in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):
+            links.append(str(entry.readlink()))
+    return sorted(link for link in links if link.startswith("socket:"))
