@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,6 +10,9 @@ from pathlib import Path
 import pytest
 
 pytest_plugins = ["pytester", "tests.people"]
+
+# Tests count descriptors and processes: none may come to be for the test after them.
+os.environ.setdefault("VMSANDBOX_POOL", "off")
 
 _MACHINE_FIXTURES = frozenset(
     {

@@ -15,6 +15,7 @@ CACHE = os.environ.get("VMSANDBOX_CACHE_DIR") or str(user_cache_path("vmsandbox"
 @pytest.fixture(autouse=True)
 def _shared_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VMSANDBOX_CACHE_DIR", CACHE)
+    monkeypatch.delenv("VMSANDBOX_POOL", raising=False)  # a run has it on, as its user's would
 
 
 @pytest.fixture
