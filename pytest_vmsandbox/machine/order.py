@@ -14,6 +14,8 @@ from pytest_vmsandbox.vmm.launch import LaunchRequest, VmmView
 from pytest_vmsandbox.vmm.qemu import QemuConfig, render_command
 
 _LOG_TAIL_BYTES = 4000
+# What QEMU says of its control socket at each start, before it is connected: no evidence.
+_ROUTINE = ": info: QEMU waiting for connection on: "
 # What a restored guest's kernel gets to tell it from its twins (random(4) wants 32 at least).
 _SEED_BYTES = 64
 
@@ -88,10 +90,11 @@ class PowerOn:
         return 0 if self.clock == "frozen" else time.time_ns()
 
     def read_log_tail(self) -> str:
-        """The end of the VMM's log; empty where there is none."""
+        """The end of the VMM's log without its routine; empty where there is none."""
         try:
             with self.log.open("rb") as log:
                 log.seek(max(0, self.log.stat().st_size - _LOG_TAIL_BYTES))
-                return log.read().decode(errors="backslashreplace")
+                tail = log.read().decode(errors="backslashreplace")
         except OSError:
             return ""
+        return "".join(line for line in tail.splitlines(keepends=True) if _ROUTINE not in line)

@@ -20,7 +20,7 @@ TCG_CACHE_MIB = 128
 OVERHEAD_MIB = 256
 
 # What QEMU listens on, in the order in which it makes them.
-SOCKETS = ("qmp", "console", "agent")
+SOCKETS = ("console", "agent", "qmp")
 
 RAM = "ram"
 AGENT_PORT = "vmsandbox.agent"
@@ -127,7 +127,11 @@ def _render_base(config: QemuConfig) -> Iterator[str]:
 def _render_control(config: QemuConfig) -> Iterator[str]:
     for purpose in SOCKETS:
         path = _escape(str(config.directory / socket_name(purpose)))
-        yield from ("-chardev", f"socket,id={purpose},path={path},server=on,wait=off")
+        # The monitor's own thread sets it up: a client that comes in that moment would be greeted
+        # twice, and take the second greeting for the answer to its first command. So QEMU waits
+        # for us there, and the others, which it makes first, are there by then.
+        wait = "on" if purpose == "qmp" else "off"
+        yield from ("-chardev", f"socket,id={purpose},path={path},server=on,wait={wait}")
     yield from ("-mon", "chardev=qmp,mode=control")
     yield from ("-serial", "chardev:console")
 

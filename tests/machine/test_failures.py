@@ -146,6 +146,7 @@ def test_a_kernel_that_is_none_is_a_failed_boot(
         vm_factory(image=str(image))
     assert "qemu-system" in failed.value.evidence.command_line
     assert failed.value.evidence.vmm_stderr != ""
+    assert "waiting for connection" not in failed.value.evidence.vmm_stderr
 
 
 def test_an_initramfs_that_is_none_is_a_failed_boot_with_the_panic(

@@ -54,7 +54,7 @@ def _argv(directory: Path, *more: str, backend: str) -> list[str]:
     return [
         *(QEMU, "-machine", "q35,memory-backend=ram", "-m", f"{SIZE >> 20}M", "-nodefaults"),
         *("-object", f"{backend},id=ram,size={SIZE >> 20}M", "-display", "none", "-accel", "tcg"),
-        *("-device", "VGA,vgamem_mb=2", "-qmp", f"unix:{directory}/qmp.sock,server=on,wait=off"),
+        *("-device", "VGA,vgamem_mb=2", "-qmp", f"unix:{directory}/qmp.sock,server=on,wait=on"),
         *more,
     ]
 

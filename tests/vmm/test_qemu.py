@@ -30,12 +30,12 @@ def test_the_guest_waits_until_its_sockets_are_checked() -> None:
     assert "-S" in render_command(CONFIG)
 
 
-def test_qemu_makes_every_socket_itself() -> None:
+def test_qemu_makes_every_socket_itself_and_waits_at_the_last_for_its_client() -> None:
     chardevs = _option(render_command(CONFIG), "-chardev")
 
     assert chardevs == [
-        f"socket,id={name},path=/run/vmsandbox/r1/m1/{name}.sock,server=on,wait=off"
-        for name in ("qmp", "console", "agent")
+        f"socket,id={name},path=/run/vmsandbox/r1/m1/{name}.sock,server=on,wait={wait}"
+        for name, wait in (("console", "off"), ("agent", "off"), ("qmp", "on"))
     ]
 
 
@@ -49,7 +49,7 @@ def test_no_network_card_is_there_unless_asked_for() -> None:
 def test_a_comma_in_a_path_is_no_option() -> None:
     command = render_command(replace(CONFIG, directory=Path("/run/a,server=off")))
 
-    assert "path=/run/a,,server=off/qmp.sock" in _option(command, "-chardev")[0]
+    assert "path=/run/a,,server=off/qmp.sock" in _option(command, "-chardev")[-1]
 
 
 @pytest.mark.parametrize("name", ["a\nb", "a\0b", "\x1b[31m"])

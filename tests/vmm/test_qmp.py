@@ -29,7 +29,7 @@ async def qemu() -> AsyncIterator[tuple[BareProcess, socket.socket]]:
         request = LaunchRequest(
             id="m1",
             argv=[QEMU, "-M", "none", "-nodefaults", "-display", "none",
-                  "-qmp", f"unix:{path},server=on,wait=off"],
+                  "-qmp", f"unix:{path},server=on,wait=on"],
             directory=Path(short),
             log=Path(short) / "log",
         )  # fmt: skip
