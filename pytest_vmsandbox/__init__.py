@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         GuestPanicked,
         HostUnfit,
         MachineFailed,
+        NetworkFailed,
         OutcomeUnknown,
         RequestInvalid,
         SocketAuthError,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from pytest_vmsandbox.machine.jail import Jail
     from pytest_vmsandbox.machine.layer import Template
     from pytest_vmsandbox.machine.machine import Machine
+    from pytest_vmsandbox.machine.network import Network
     from pytest_vmsandbox.machine.template_builder import TemplateBuilder
     from pytest_vmsandbox.plugin.fixtures import AsyncMachineFactory, MachineFactory
 
@@ -44,6 +46,7 @@ _HOMES = {
         "GuestPanicked",
         "HostUnfit",
         "MachineFailed",
+        "NetworkFailed",
         "OutcomeUnknown",
         "RequestInvalid",
         "SocketAuthError",
@@ -60,6 +63,7 @@ _HOMES = {
     "machine.jail": ("Jail",),
     "machine.layer": ("Template",),
     "machine.machine": ("Machine",),
+    "machine.network": ("Network",),
     "machine.template_builder": ("TemplateBuilder",),
     "plugin.fixtures": ("AsyncMachineFactory", "MachineFactory"),
 }
@@ -81,6 +85,8 @@ __all__ = [
     "Machine",
     "MachineFactory",
     "MachineFailed",
+    "Network",
+    "NetworkFailed",
     "OutcomeUnknown",
     "RequestInvalid",
     "Snapshot",

@@ -8,6 +8,7 @@ VmSandboxError
 │   ├── GuestPanicked  its kernel gave up
 │   ├── VmmDied        the process that emulates it ended
 │   └── ChannelLost    its agent can no longer be believed or reached
+├── NetworkFailed      the wires between machines failed   with what the switch said last
 ├── CommandFailed      check=True and a non-zero exit
 ├── TimedOut           a deadline passed (is a TimeoutError)
 ├── OutcomeUnknown     asked, and no answer came           never repeated in silence
@@ -101,6 +102,18 @@ class VmmDied(MachineFailed):
 
 class ChannelLost(MachineFailed):
     """The line to the agent broke, or what came over it can't be believed."""
+
+
+class NetworkFailed(VmSandboxError):
+    """The networks between machines failed; `last_words` is what their switch printed."""
+
+    def __init__(self, cause: str, last_words: str = "") -> None:
+        super().__init__(cause, last_words)
+        self.cause, self.last_words = cause, last_words
+
+    def __str__(self) -> str:
+        words = visible(self.last_words)
+        return f"the network: {self.cause}" + (f"\n--- it printed ---\n{words}" if words else "")
 
 
 class CommandFailed(VmSandboxError):

@@ -21,6 +21,7 @@ class Role(StrEnum):
 
     WARDEN = "warden"
     VMM = "vmm"
+    SWITCH = "switch"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

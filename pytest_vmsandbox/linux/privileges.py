@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+from dataclasses import replace
 from enum import IntFlag
 
-from pytest_vmsandbox.linux.capabilities import CapabilitySets
-from pytest_vmsandbox.linux.prctl import PrctlOption, prctl
+from pytest_vmsandbox.linux.capabilities import Capabilities, CapabilitySets
+from pytest_vmsandbox.linux.prctl import PrctlOption, prctl, prctl_raise_ambient_capabilities
+
+_NONE = Capabilities(0)
 
 
 class SecureBits(IntFlag):
@@ -33,18 +36,25 @@ _LOCKED = (
 )
 
 
-def drop_all_capabilities() -> None:
+def drop_all_capabilities(*, but: Capabilities = _NONE) -> None:
     """Leave the calling thread without any capability, and without a way back to one.
 
-    Bounding, ambient, inheritable, permitted and effective set are empty afterwards, and no exec
+    Those of `but` it keeps, over exec too, until it gives them up itself: they are in every set but
+    the bounding one. Otherwise
+    bounding, ambient, inheritable, permitted and effective set are empty afterwards, and no exec
     by uid 0 and no change of uid brings anything back: the securebits that say so are locked
     (capabilities(7)). To be called where there is one thread. PermissionError without CAP_SETPCAP,
     unless all of this is so already; the other sets are then as they were. Nothing here is read
     from /proc: there may be none yet.
     """
+    if but:
+        now = CapabilitySets.capget()
+        replace(now, inheritable=but).capset()
+        prctl_raise_ambient_capabilities(but)
     _empty_bounding_set()
     _lock_secure_bits()
-    CapabilitySets().capset()  # which takes the ambient ones along: they must be permitted
+    # Which takes the other ambient ones along: they must be permitted.
+    CapabilitySets(effective=but, permitted=but, inheritable=but).capset()
 
 
 def _empty_bounding_set() -> None:

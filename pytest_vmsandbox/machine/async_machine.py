@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Unpack, overload
 
 from pytest_vmsandbox.machine.async_process import AsyncProcess
+from pytest_vmsandbox.machine.caller import Caller
 from pytest_vmsandbox.machine.command import Completed
 from pytest_vmsandbox.machine.controller import MachineController
 from pytest_vmsandbox.machine.face import ConsoleFace, Face, PopenOptions, RunOptions, awaitable
@@ -23,6 +24,21 @@ class AsyncMachineConsole(ConsoleFace):
         return await self._caller.bridge(
             self._caller.controller.wait_for_console(pattern, timeout=timeout)
         )
+
+
+class AsyncMachineLink:
+    """The cables of a machine's network cards."""
+
+    def __init__(self, caller: Caller) -> None:
+        self._caller = caller
+
+    async def down(self, *, network: str | None = None) -> None:
+        """Pull the cable of its card on that network, or its first: the guest sees no carrier."""
+        await self._caller.bridge(self._caller.controller.set_link(up=False, network=network))
+
+    async def up(self, *, network: str | None = None) -> None:
+        """Put it back."""
+        await self._caller.bridge(self._caller.controller.set_link(up=True, network=network))
 
 
 class AsyncMachine(Face):
@@ -82,6 +98,11 @@ class AsyncMachine(Face):
         """Its serial console."""
         return AsyncMachineConsole(self._caller)
 
+    @property
+    def link(self) -> AsyncMachineLink:
+        """The cables of its network cards."""
+        return AsyncMachineLink(self._caller)
+
     power_on = awaitable(MachineController.power_on)
     power_cut = awaitable(MachineController.power_cut)
     shutdown = awaitable(MachineController.shutdown)
@@ -92,6 +113,8 @@ class AsyncMachine(Face):
     restore = awaitable(MachineController.restore)
     wait_until = awaitable(MachineController.wait_until)
     wait_for_port = awaitable(MachineController.wait_for_port)
+    connect = awaitable(MachineController.connect)
+    forward = awaitable(MachineController.forward)
     push = awaitable(MachineController.push)
     pull = awaitable(MachineController.pull)
     read_bytes = awaitable(MachineController.read_bytes)

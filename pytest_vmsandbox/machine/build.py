@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 from pytest_vmsandbox.machine.disk_plan import DiskPlan
 from pytest_vmsandbox.machine.frozen import Frozen
+from pytest_vmsandbox.machine.wires import LooseWires, Wires
 from pytest_vmsandbox.vmm.launch import Launcher
 from pytest_vmsandbox.vmm.qemu import QemuConfig
 
@@ -65,6 +66,7 @@ class Build:
     frozen: Frozen | None = None
     nursery: Nursery | None = None
     clock: str = "host"
+    wires: Wires = field(default_factory=LooseWires)
 
     def restored_from(self, frozen: Frozen) -> Build:
         """The same machine, but restored: memory and disks begin as they were frozen."""

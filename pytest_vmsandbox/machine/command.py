@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from pytest_vmsandbox.deadline import Deadline
 from pytest_vmsandbox.errors import CommandFailed, RequestInvalid, TimedOut, VmSandboxError
@@ -14,6 +14,7 @@ from pytest_vmsandbox.guest.channel import Channel
 from pytest_vmsandbox.guest.messages import ExecRequest
 from pytest_vmsandbox.guest.process import GuestProcess
 from pytest_vmsandbox.guest.streams import ReadStream, WriteStream
+from pytest_vmsandbox.machine.splice import together
 
 Text = TypeVar("Text", str, bytes)
 
@@ -101,7 +102,7 @@ async def run_command(
         async with asyncio.timeout(deadline.timeout_s):
             process = await channel.spawn(request)
             async with _ending(process):
-                await _together(
+                await together(
                     _feed(process.stdin, stdin or b""),
                     _collect(process.stdout, stdout, shown),
                     _collect(process.stderr, stderr, shown),
@@ -126,17 +127,6 @@ async def _ending(process: GuestProcess) -> AsyncIterator[None]:
             async with asyncio.timeout(KILL_S):
                 await process.kill()
         raise
-
-
-async def _together(*parts: Coroutine[Any, Any, None]) -> None:
-    """Do all parts at once; the first that fails cancels the others and is raised as it is."""
-    tasks = [asyncio.create_task(part) for part in parts]
-    try:
-        await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _feed(stdin: WriteStream | None, data: bytes) -> None:

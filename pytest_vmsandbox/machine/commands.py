@@ -127,7 +127,7 @@ class Commands(MachineCore):
 
         Raises TimedOut after `timeout` seconds (30).
         """
-        await self.wait_until(_port_check(where), timeout=timeout)
+        await self.wait_until(port_check(where), timeout=timeout)
 
 
 def _request(
@@ -175,7 +175,8 @@ def _pauses() -> Iterator[float]:
         pause_s = min(pause_s * 1.5, 0.25)
 
 
-def _port_check(where: tuple[int | str, ...]) -> list[str]:
+def port_check(where: tuple[int | str, ...]) -> list[str]:
+    """A command that succeeds in a guest where a port is listened on: `(80,)`, `(host, 80)`."""
     match where:
         case (int(port),) if port in PORTS:
             # proc_net_tcp: local address in hexadecimal, then the remote one, then 0A = LISTEN

@@ -21,6 +21,7 @@ from pytest_vmsandbox.machine.console import Console
 from pytest_vmsandbox.machine.disks import Disks
 from pytest_vmsandbox.machine.running import Running
 from pytest_vmsandbox.machine.timings import Timings
+from pytest_vmsandbox.network.addresses import Address
 
 QMP_S = 20.0
 
@@ -87,6 +88,18 @@ class MachineCore:
         if self._remembered is not None:
             return self._remembered
         return self._last.evidence() if self._last else Evidence()
+
+    def address(self, network: str | None = None) -> Address:
+        """What it is called on that network, or its first; RequestInvalid where it is on none."""
+        there = self.build.wires.addresses
+        wanted = next(iter(there), None) if network is None else network
+        if wanted is None or wanted not in there:
+            where = "no network" if network is None else f"no network {network!r}"
+            raise RequestInvalid(
+                f"{self.name} is on {where}",
+                f'it is on: {", ".join(there) or "none"}; network="lan"',
+            )
+        return there[wanted]
 
     async def qmp(self, command: str, arguments: Mapping[str, object] | None = None) -> object:
         """What QEMU returns for a QMP command (qemu-qmp-ref(7)): the way around our verbs.

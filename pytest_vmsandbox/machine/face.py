@@ -60,6 +60,24 @@ class Face:
         return self._controller.id
 
     @property
+    def ip(self) -> str:
+        """Its IPv4 address on its first network; RequestInvalid where it is on none."""
+        return str(self._controller.address().ip)
+
+    @property
+    def ip6(self) -> str:
+        """Its IPv6 address on its first network; RequestInvalid where it is on none."""
+        return str(self._controller.address().ip6)
+
+    def ip_on(self, network: str) -> str:
+        """Its IPv4 address on that network; RequestInvalid where it is not on it."""
+        return str(self._controller.address(network).ip)
+
+    def ip6_on(self, network: str) -> str:
+        """Its IPv6 address on that network; RequestInvalid where it is not on it."""
+        return str(self._controller.address(network).ip6)
+
+    @property
     def facts(self) -> MachineFacts:
         """Acceleration, tier, image, kernel and VMM version."""
         return self._controller.facts

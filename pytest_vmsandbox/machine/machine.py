@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Unpack, overload
 
+from pytest_vmsandbox.machine.caller import Caller
 from pytest_vmsandbox.machine.command import Completed
 from pytest_vmsandbox.machine.controller import MachineController
 from pytest_vmsandbox.machine.face import ConsoleFace, Face, PopenOptions, RunOptions, blocking
@@ -21,6 +22,21 @@ class MachineConsole(ConsoleFace):
         Raises TimedOut after `timeout` seconds (30) with the last lines.
         """
         return self._caller.run(self._caller.controller.wait_for_console(pattern, timeout=timeout))
+
+
+class MachineLink:
+    """The cables of a machine's network cards."""
+
+    def __init__(self, caller: Caller) -> None:
+        self._caller = caller
+
+    def down(self, *, network: str | None = None) -> None:
+        """Pull the cable of its card on that network, or its first: the guest sees no carrier."""
+        self._caller.run(self._caller.controller.set_link(up=False, network=network))
+
+    def up(self, *, network: str | None = None) -> None:
+        """Put it back."""
+        self._caller.run(self._caller.controller.set_link(up=True, network=network))
 
 
 class Machine(Face):
@@ -80,6 +96,11 @@ class Machine(Face):
         """Its serial console."""
         return MachineConsole(self._caller)
 
+    @property
+    def link(self) -> MachineLink:
+        """The cables of its network cards."""
+        return MachineLink(self._caller)
+
     power_on = blocking(MachineController.power_on)
     power_cut = blocking(MachineController.power_cut)
     shutdown = blocking(MachineController.shutdown)
@@ -90,6 +111,8 @@ class Machine(Face):
     restore = blocking(MachineController.restore)
     wait_until = blocking(MachineController.wait_until)
     wait_for_port = blocking(MachineController.wait_for_port)
+    connect = blocking(MachineController.connect)
+    forward = blocking(MachineController.forward)
     push = blocking(MachineController.push)
     pull = blocking(MachineController.pull)
     read_bytes = blocking(MachineController.read_bytes)

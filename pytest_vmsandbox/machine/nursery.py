@@ -52,7 +52,7 @@ class WorkerNursery:
         place = await self._worker.place(name)
         config = replace(build.config, name=name, directory=place.directory)
         build = replace(build, id=place.id, config=config)
-        twin = MachineController(build.restored_from(frozen))
+        twin = MachineController(await self._worker.wired(build.restored_from(frozen)))
         self._hold(twin)
         return twin
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import secrets
 import time
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from pytest_vmsandbox.guest.channel import Channel
 from pytest_vmsandbox.guest.messages import Identity
 from pytest_vmsandbox.machine.frozen import Frozen
 from pytest_vmsandbox.vmm.launch import LaunchRequest, VmmView
@@ -28,7 +31,8 @@ class PowerOn:
     that is waited for may be silent for `silence_s`. With `frozen` it is restored, not booted; its
     `nonce` is then that of the boot that was frozen. It gets a machine-id and a host name of its
     own, unless it `is_itself`: the very machine that was captured. With the `clock` "frozen" its
-    time goes on from the instant at which it was frozen, with "host" it is the host's.
+    time goes on from the instant at which it was frozen, with "host" it is the host's. `furnish`
+    tells a guest, whenever it has been met, what it must know beside its identity: its addresses.
     """
 
     id: str
@@ -39,6 +43,7 @@ class PowerOn:
     boot_s: float
     stall_s: float
     silence_s: float
+    furnish: Callable[[Channel], Coroutine[Any, Any, None]]
     frozen: Frozen | None = None
     is_itself: bool = False
     clock: str = "host"

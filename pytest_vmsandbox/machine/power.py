@@ -118,12 +118,15 @@ class Power(MachineCore):
             # Whoever takes it in, or restores it, fails now, and then lets go of its disks.
             async with self._changing:
                 self._remembered = self.evidence()
-                if self.build.disks:
-                    await run_off_loop(self.disks.close)
-                # What resists, or is mounted there and not to be taken off by us, is left to the
-                # end of the run, which has sudo, and tells of what it can't remove.
-                with suppress(TeardownRefused):
-                    await asyncio.to_thread(tear_down, self.build.config.directory)
+                try:
+                    if self.build.disks:
+                        await run_off_loop(self.disks.close)
+                    # What resists, or is mounted there and not to be taken off by us, is left to
+                    # the end of the run, which has sudo, and tells of what it can't remove.
+                    with suppress(TeardownRefused):
+                        await asyncio.to_thread(tear_down, self.build.config.directory)
+                finally:
+                    await self.build.wires.leave()
 
     async def _power_on_from(self, frozen: Frozen, *, timeout: float | None) -> None:
         """Power it on as itself of another time; it boots again as ever when that fails."""
@@ -165,30 +168,34 @@ class Power(MachineCore):
             config = replace(config, memory=memory, restored=True)
             if not self._is_itself:  # its own console has all of it
                 self.console.recall(frozen.console)
-        order = PowerOn(
-            id=self.id,
-            config=config,
-            view=self.build.launcher.view(directory=config.directory, files=config.files),
-            nonce=frozen.nonce if frozen else secrets.token_hex(16),
-            log=config.directory / "vmm.log",
-            boot_s=boot_s,
-            stall_s=STALL_S * scale,
-            silence_s=SILENCE_S * scale,
-            frozen=frozen,
-            is_itself=self._is_itself,
-            clock=self.build.clock,
-        )
-        self.failure_was_told = False
-        self._running = await self._power.enter_async_context(
-            open_running(
-                order,
-                launcher=self.build.launcher,
-                console=self.console,
-                timings=self.timings,
-                on_started=self._look_at,
+        wires = self.build.wires
+        async with AsyncExitStack() as power:
+            config = replace(config, cards=await power.enter_async_context(wires.plugged()))
+            order = PowerOn(
+                id=self.id,
+                config=config,
+                view=self.build.launcher.view(directory=config.directory, files=config.files),
+                nonce=frozen.nonce if frozen else secrets.token_hex(16),
+                log=config.directory / "vmm.log",
+                boot_s=boot_s,
+                stall_s=STALL_S * scale,
+                silence_s=SILENCE_S * scale,
+                frozen=frozen,
+                is_itself=self._is_itself,
+                clock=self.build.clock,
+                furnish=wires.resume if self._is_itself else wires.furnish,
             )
-        )
-
+            self.failure_was_told = False
+            self._running = await power.enter_async_context(
+                open_running(
+                    order,
+                    launcher=self.build.launcher,
+                    console=self.console,
+                    timings=self.timings,
+                    on_started=self._look_at,
+                )
+            )
+            self._power = power.pop_all()
         self._to_restore = None  # once off, what it remembers is on its disks: it boots
 
     def _look_at(self, running: Running) -> None:

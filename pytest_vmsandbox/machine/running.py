@@ -258,6 +258,7 @@ class Running:
         )
         self._channel.on_lost = self._channel_lost
         stall.cancel()
+        await self._by(deadline, "a guest that has its addresses", order.furnish(self._channel))
         self._answering.set()
 
     async def load(self, frozen: Frozen, *, deadline: Deadline) -> None:
@@ -290,6 +291,7 @@ class Running:
             )
         )
         self._channel.on_lost = self._channel_lost
+        await self._by(deadline, "a guest that has its addresses", order.furnish(self._channel))
         self._answering.set()
 
     async def refresh(self, *, deadline: Deadline) -> None:
@@ -410,7 +412,9 @@ class Running:
         try:
             identity = Identity(hostname=order.config.name)
             await self.channel.handshake(nonce=order.nonce, identity=identity, deadline=deadline)
-        except VmSandboxError as error:
+            furnishing = order.furnish(self.channel)
+            await self._by(deadline, "a guest that has its addresses", furnishing)
+        except (VmSandboxError, OSError) as error:
             self.fail(self.failed(BootFailed, f"after a reset: {error}"))
         else:
             self._answering.set()

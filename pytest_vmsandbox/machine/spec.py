@@ -11,6 +11,7 @@ from typing import Any
 from pytest_vmsandbox.errors import RequestInvalid
 from pytest_vmsandbox.machine.disk import Disk, require_disks
 from pytest_vmsandbox.machine.layer import Template
+from pytest_vmsandbox.network.topology import parse_networks
 
 # The least that the default image's kernel boots in, tried.
 MEMORY_MIB = range(80, 1024 * 1024)
@@ -24,7 +25,8 @@ class MachineSpec:
     """A machine's shape; the marker's and the factory's arguments are its fields.
 
     `image` is a recipe's name or the path of an image directory, `accel` one of auto, kvm,
-    tcg, hvf, `tier` demands the tier that the machine runs in. What can't be `restored` is booted,
+    tcg, hvf, `tier` demands the tier that the machine runs in; `network` names the networks that
+    it is on, whose other machines say the same names. What can't be `restored` is booted,
     unless that was `demanded`. Its `clock` shows the host's time, or goes on where its template's
     stopped (frozen), which only a restored one can do: it is restored then, wherever machines are
     usually booted. With a `template`, or the name of one, its shape is that of the
@@ -38,6 +40,7 @@ class MachineSpec:
     tier: str = "auto"
     lifecycle: str = "restored"
     clock: str = "host"
+    network: str | Sequence[str] | None = None
     name: str | None = None
     template: Template | str | None = None
     disks: Sequence[Disk] = ()
@@ -59,6 +62,7 @@ class MachineSpec:
             )
         if not isinstance(self.template, Template | None):
             _require_text("template", self.template)
+        _ = self.networks
         if self.name is not None and not (
             isinstance(self.name, str) and _NAME.fullmatch(self.name)
         ):
@@ -75,6 +79,11 @@ class MachineSpec:
         frozen_clock = self.clock == "frozen"
         return self.lifecycle == "restored" or self.template is not None or frozen_clock
 
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """The names of its networks, in the order of its cards."""
+        return parse_networks(self.network)
+
     def changed(self, wishes: Mapping[str, Any]) -> MachineSpec:
         """The same spec with `wishes` (field to value) in place of its own values.
 
@@ -84,19 +93,27 @@ class MachineSpec:
         for wish in wishes:
             if wish not in known:
                 raise RequestInvalid(f"a machine has no {wish!r}", f"known are: {', '.join(known)}")
-        texts: dict[str, Any] = {
-            name: str(value) if isinstance(value, Path) else value for name, value in wishes.items()
-        }
+        texts: dict[str, Any] = {name: _frozen(value) for name, value in wishes.items()}
         return replace(self, **texts, demanded=self.demanded | texts.keys())
 
     def shaped_like(self, other: MachineSpec) -> MachineSpec:
         """The shape of `other`, but for what was demanded of this one."""
         shape = {
             name: getattr(other, name)
-            for name in ("image", "memory_mib", "cpus", "disks", "accel")
+            for name in ("image", "memory_mib", "cpus", "disks", "accel", "network")
             if name not in self.demanded
         }
         return replace(self, **shape)
+
+
+def _frozen(wish: object) -> object:
+    """A wish as a value that nobody changes afterwards."""
+    match wish:
+        case Path():
+            return str(wish)
+        case list():
+            return tuple(wish)
+    return wish
 
 
 def _require_text(name: str, value: object) -> None:

@@ -11,6 +11,7 @@ from pytest_vmsandbox.deadline import Deadline
 from pytest_vmsandbox.errors import (
     BootFailed,
     MachineFailed,
+    NetworkFailed,
     OutcomeUnknown,
     SocketAuthError,
     TimedOut,
@@ -72,7 +73,7 @@ async def _booting(step: Coroutine[Any, Any, None], running: Running) -> None:
         raise
     except MachineFailed as error:
         raise running.failed(BootFailed, f"{did_not}: {error.cause}") from error
-    except (TimedOut, OutcomeUnknown, SocketAuthError) as error:
+    except (TimedOut, OutcomeUnknown, SocketAuthError, NetworkFailed) as error:
         # A line that breaks is mostly a sign that the VMM has ended: that says more.
         if not isinstance(error, TimedOut):
             await running.settle()

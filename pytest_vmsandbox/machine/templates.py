@@ -250,6 +250,8 @@ def recipe_of(build: Build) -> Recipe:
 
 
 def _without_this_run(config: QemuConfig) -> QemuConfig:
+    wires = [replace(card, wire=Path(f"card-{at}")) for at, card in enumerate(config.cards)]
+    config = replace(config, cards=wires)
     names = {file: Path(f"file-{number}") for number, file in enumerate(config.files)}
     files: dict[Handed, Path] = {**names}
     neutral = replace(config, name=NAME, memory=None)

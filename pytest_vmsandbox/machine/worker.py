@@ -9,8 +9,8 @@ import asyncio
 import os
 import platform
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import count
@@ -28,6 +28,7 @@ from pytest_vmsandbox.jail.mount_points import remove_abandoned_mount_points
 from pytest_vmsandbox.jail.sandbox.config import SandboxConfig
 from pytest_vmsandbox.jail.sandbox.run import Ended, run_in
 from pytest_vmsandbox.lease.bases import bases_to_reap, default_base, settled
+from pytest_vmsandbox.lease.entries import ProcessEntry, Role
 from pytest_vmsandbox.lease.leftover import Leftover
 from pytest_vmsandbox.lease.run_directory import (
     RunDirectory,
@@ -40,15 +41,19 @@ from pytest_vmsandbox.machine.disk_plan import plan_disks
 from pytest_vmsandbox.machine.engine import Engine
 from pytest_vmsandbox.machine.layer import Template
 from pytest_vmsandbox.machine.lifecycles import Lifecycles
+from pytest_vmsandbox.machine.networks import Networks
 from pytest_vmsandbox.machine.nursery import Hold, WorkerNursery
 from pytest_vmsandbox.machine.pool import Pool
 from pytest_vmsandbox.machine.recorded import RecordedLauncher
 from pytest_vmsandbox.machine.spec import MachineSpec
+from pytest_vmsandbox.machine.switch_launcher import open_bare_switch, open_walled_switch
 from pytest_vmsandbox.machine.template_cache import TemplateCache
 from pytest_vmsandbox.machine.templates import Templates
 from pytest_vmsandbox.machine.turn import take_turn
 from pytest_vmsandbox.machine.warden_launcher import WardenLauncher
 from pytest_vmsandbox.machine.wardens import Wardens
+from pytest_vmsandbox.machine.wires import LooseWires
+from pytest_vmsandbox.network.client import SwitchLine
 from pytest_vmsandbox.vmm.bare import BareLauncher
 from pytest_vmsandbox.vmm.launch import Launcher
 from pytest_vmsandbox.vmm.qemu import MODULES_SERIAL, MachineType, QemuConfig
@@ -102,6 +107,7 @@ class Worker:
         self._facts: HostFacts | None = None
         self._wardens = Wardens()
         self._entering = asyncio.Lock()
+        self.networks = Networks(self._open_switch)
         # Those that tests prepared, by name.
         self.prepared: dict[str, Template] = {}
         self.templates = Templates(
@@ -140,7 +146,7 @@ class Worker:
     @property
     def incidents(self) -> Sequence[str]:
         """What went wrong and was made good, for the summary."""
-        return (*self._wardens.lost, *self._lifecycles.incidents)
+        return (*self._wardens.lost, *self.networks.lost, *self._lifecycles.incidents)
 
     async def make(
         self, specs: Sequence[MachineSpec], *, hold: Hold = lambda _: None
@@ -229,14 +235,31 @@ class Worker:
         """
         try:
             if self.engine.running:
-                try:
-                    self.engine.run(self._pool.close())
-                finally:
-                    self.engine.run(self._wardens.close())  # which kills what still runs
+                self.engine.run(self._end_all())
         finally:
             self.engine.close()
             self.templates.close()
             self._acquired.close()
+
+    async def _end_all(self) -> None:
+        async with AsyncExitStack() as ending:  # from the last to the first, come what may
+            ending.push_async_callback(self._wardens.close)  # which kills what still runs
+            ending.push_async_callback(self.networks.close)
+            ending.push_async_callback(self._pool.close)
+
+    @asynccontextmanager
+    async def _open_switch(self, tier: Tier) -> AsyncIterator[SwitchLine]:
+        """The switch of this worker's networks."""
+        directory = await self._entered()
+        log = directory.path / "switch.log"
+        entry = ProcessEntry(role=Role.SWITCH, tier=tier)
+        with directory.ledger.recorded(entry):
+            if tier is Tier.BARE:
+                opened = open_bare_switch(log=log)
+            else:
+                opened = open_walled_switch(await self._warden(tier), tier, log=log)
+            async with opened as line:
+                yield line
 
     async def _boot(self, machine: MachineController) -> None:
         if machine.is_on:
@@ -246,15 +269,34 @@ class Worker:
                 await machine.power_on()
 
     async def _make(self, spec: MachineSpec) -> MachineController:
-        return MachineController(await self._build(spec))
+        return MachineController(await self.wired(await self._build(spec)))
+
+    async def wired(self, build: Build) -> Build:
+        """The same on its networks, where it gets what nobody else there is called.
+
+        Where that can't be, nothing is left of what was planned for it.
+        """
+        if not build.wires.networks:
+            return build
+        name, tier = build.config.name, Tier(build.tier)
+        try:
+            return replace(build, wires=self.networks.join(name, build.wires, tier=tier))
+        except BaseException:
+            # What it has of the machine that it is like is not its own.
+            await self.end([MachineController(replace(build, wires=LooseWires()))])
+            raise
 
     async def _make_ahead(self, spec: MachineSpec) -> MachineController | None:
         """One that nobody has asked for yet: out of a template in memory, or None.
 
-        Not where a disk has a source: the test before may write it anew.
+        Not where a disk has a source: the test before may write it anew; nor where it is on a
+        network: the test before would meet somebody of whom it knows nothing.
         """
         template = None if spec.template is None else self._prepared(spec.template)
-        build = await self.plan(spec.shaped_like(template.spec) if template else spec)
+        shape = spec.shaped_like(template.spec) if template else spec
+        if shape.networks:
+            return None
+        build = await self.plan(shape)
         try:
             frozen = self.templates.held(build, template)
             if frozen is not None and all(plan.source is None for plan in build.disks):
@@ -316,6 +358,7 @@ class Worker:
         disks = await asyncio.to_thread(plan_disks, spec.disks) if spec.disks else ()
         # Last: whoever is cancelled before leaves no directory.
         place = await self.place(spec.name)
+        wires = LooseWires(networks=spec.networks)
         config = QemuConfig(
             program=facts.qemu.path,
             name=place.name,
@@ -329,6 +372,7 @@ class Worker:
             memory_mib=spec.memory_mib,
             cpus=spec.cpus,
             read_only_disks={MODULES_SERIAL: image.modules} if image.modules else {},
+            cards=wires.cards,
         )
         return Build(
             id=place.id,
@@ -341,6 +385,7 @@ class Worker:
             time_scale=self.settings.timeout_scale * facts.time_scale,
             disks=disks,
             clock=spec.clock,
+            wires=wires,
         )
 
     async def _launcher(self, tier: Tier) -> Launcher:

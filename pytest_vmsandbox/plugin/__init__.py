@@ -11,6 +11,7 @@ from pytest_vmsandbox.plugin.fixtures import (
     vm_image,
     vm_jail,
     vm_module,
+    vm_network,
     vm_session,
     vm_templates,
 )
@@ -24,6 +25,7 @@ from pytest_vmsandbox.plugin.hooks import (
     pytest_runtest_makereport,
     pytest_runtest_protocol,
     pytest_runtest_setup,
+    pytest_runtest_teardown,
     pytest_sessionfinish,
     pytest_terminal_summary,
     pytest_testnodedown,
@@ -41,6 +43,7 @@ __all__ = [
     "pytest_runtest_makereport",
     "pytest_runtest_protocol",
     "pytest_runtest_setup",
+    "pytest_runtest_teardown",
     "pytest_sessionfinish",
     "pytest_terminal_summary",
     "pytest_testnodedown",
@@ -50,6 +53,7 @@ __all__ = [
     "vm_image",
     "vm_jail",
     "vm_module",
+    "vm_network",
     "vm_session",
     "vm_templates",
 ]

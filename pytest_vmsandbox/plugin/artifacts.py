@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from dataclasses import asdict
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +34,17 @@ def write_artifacts(base: Path, nodeid: str, machine: MachineController) -> None
     (directory / "command.txt").write_bytes(_encoded(evidence.command_line + "\n"))
     facts = {**asdict(machine.facts), "timings": asdict(machine.timings)}
     (directory / "facts.json").write_bytes(_encoded(json.dumps(facts, indent=2) + "\n"))
+
+
+def place_capture(base: Path, network: str) -> Path:
+    """A new file for a capture on that network, in the folder of the test that runs now."""
+    test, _, _ = os.environ.get("PYTEST_CURRENT_TEST", "").rpartition(" ")  # ends with its phase
+    directory = base / _name(test, of=test)
+    directory.mkdir(parents=True, exist_ok=True)
+    directory.chmod(0o700)  # a capture may hold secrets of the guests
+    numbers = (f"-{number}" if number > 1 else "" for number in count(1))
+    paths = (directory / f"{network}{number}.pcap" for number in numbers)
+    return next(path for path in paths if not path.exists())
 
 
 def _write_log(target: Path, source: Path, *, remembered: str) -> None:

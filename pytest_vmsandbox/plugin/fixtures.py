@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self, overload
 
 import pytest
 
+from pytest_vmsandbox.plugin.artifacts import place_capture
 from pytest_vmsandbox.plugin.foresight import LAST_IMAGE
 from pytest_vmsandbox.plugin.holding import Held, hold, running_test
 from pytest_vmsandbox.plugin.markers import spec_of
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from pytest_vmsandbox.machine.controller import MachineController
     from pytest_vmsandbox.machine.jail import Jail
     from pytest_vmsandbox.machine.machine import Machine
+    from pytest_vmsandbox.machine.network import Network
     from pytest_vmsandbox.machine.spec import MachineSpec
     from pytest_vmsandbox.machine.template_builder import TemplateBuilder
 
@@ -56,6 +58,16 @@ def vm_jail(pytestconfig: pytest.Config) -> Jail:
     jail = Jail(worker_of(pytestconfig), tier=pytestconfig.stash[SETTINGS].tier)
     jail.require()
     return jail
+
+
+@pytest.fixture(scope="session")
+def vm_network(pytestconfig: pytest.Config) -> Network:
+    """The networks between this worker's machines: `.partition(a, b)`, `.delay("50ms")`, ..."""
+    from pytest_vmsandbox.machine.network import Network
+
+    worker = worker_of(pytestconfig)
+    base = pytestconfig.rootpath / pytestconfig.stash[SETTINGS].artifacts
+    return Network(worker.networks, worker.engine, place=partial(place_capture, base))
 
 
 @pytest.fixture(scope="session")

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 FIXTURES = frozenset(
     {
         *("vm", "async_vm", "vm_factory", "async_vm_factory", "vm_module", "vm_session"),
-        *("vm_templates", "vm_host", "vm_jail"),
+        *("vm_templates", "vm_host", "vm_jail", "vm_network"),
     }
 )
 
@@ -120,6 +120,17 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
     foresee(item)
     with skipping_what_is_unfit(item), guests_ending_as_expected(item), running(item):
         return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, None, None]:
+    """Leave the networks of machines that outlive the test as they were before it."""
+    try:
+        return (yield)
+    finally:
+        worker = started_worker(item.config)
+        if worker is not None and worker.networks.disturbed:
+            worker.engine.run(worker.networks.settle())
 
 
 @pytest.hookimpl(wrapper=True)

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 MARKERS = (
     (
-        "vm(image=, template=, memory_mib=, cpus=, disks=, accel=, tier=, lifecycle=, clock=, "
-        "name=): shape"
+        "vm(image=, template=, memory_mib=, cpus=, disks=, network=, accel=, tier=, lifecycle=, "
+        "clock=, name=): shape"
     ),
     "vm_requires(capability, ...): skip, with the reason, where the host lacks one of them",
     'vm_expect(what): the guest is meant to die: "panic", "oops" or "shutdown"',

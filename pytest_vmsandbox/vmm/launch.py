@@ -27,8 +27,15 @@ class Writable:
     descriptor: int
 
 
-Handed: TypeAlias = Path | Memory | Writable
-"""What a VMM is handed: a file that it may read, memory, or a file that it may write to."""
+@dataclass(frozen=True, slots=True)
+class Wire:
+    """One end of a connected pair of sockets, handed over as it is; it stays the caller's."""
+
+    descriptor: int
+
+
+Handed: TypeAlias = Path | Memory | Writable | Wire
+"""What a VMM is handed: a file that it may read, memory, a file to write to, an end of a wire."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pytest_vmsandbox.errors import RequestInvalid
 from pytest_vmsandbox.vmm.disk import DiskStack, render_disk
-from pytest_vmsandbox.vmm.launch import Handed, VmmView
+from pytest_vmsandbox.vmm.launch import Handed, VmmView, Wire
 
 # QEMU's default translation cache is up to 1 GiB for each machine; a kernel and a shell fit
 # in this, and a machine that outgrows it only translates again.
@@ -35,6 +35,17 @@ class MachineType(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Card:
+    """A network card: its Ethernet address, and the wire that it is plugged into, once it is on.
+
+    `wire` is a path, /proc/self/fd/N, once it is seen through a view.
+    """
+
+    mac: str
+    wire: Wire | Path | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class QemuConfig:
     """All that decides how QEMU is started; paths are ours until `seen_through` a view.
 
@@ -55,6 +66,7 @@ class QemuConfig:
     cpus: int
     disks: Sequence[DiskStack] = ()
     read_only_disks: Mapping[str, Path] = field(default_factory=dict)
+    cards: Sequence[Card] = ()
     seccomp: bool = True
     memory: Handed | None = None
     freezable: bool = False
@@ -65,7 +77,9 @@ class QemuConfig:
         """What QEMU is handed of the host."""
         memory = () if self.memory is None else (self.memory,)
         disks = (file for disk in self.disks for file in disk.files)
-        return (self.kernel, self.initramfs, *disks, *self.read_only_disks.values(), *memory)
+        wires = [card.wire for card in self.cards if card.wire is not None]
+        read_only = self.read_only_disks.values()
+        return (self.kernel, self.initramfs, *disks, *read_only, *memory, *wires)
 
     @property
     def written_bytes(self) -> int:
@@ -88,7 +102,16 @@ class QemuConfig:
             disks=tuple(disk.seen_through(view.files) for disk in self.disks),
             read_only_disks=disks,
             memory=None if self.memory is None else view.files[self.memory],
+            cards=[
+                replace(card, wire=None if card.wire is None else view.files[card.wire])
+                for card in self.cards
+            ],
         )
+
+
+def card_id(number: int) -> str:
+    """What QEMU calls the card of that number, counted from 0; QMP knows it by that."""
+    return f"card{number}"
 
 
 def socket_name(purpose: str) -> str:
@@ -154,11 +177,22 @@ def _render_devices(config: QemuConfig) -> Iterator[str]:
             f"if=none,id={serial},file={_escape(str(path))},format=raw,readonly=on,file.locking=off",
         )
         yield from ("-device", f"virtio-blk-{bus},drive={serial},serial={serial}")
+    for number, card in enumerate(config.cards):
+        yield from _render_card(card_id(number), card, bus=bus)
     if config.machine_type is MachineType.Q35:
         yield from ("-device", "pvpanic-pci")
         # For screenshots; the kernel's text console needs no driver for it, and it costs no
         # measurable time. Little memory: a frozen machine will have to carry it.
         yield from ("-device", "VGA,vgamem_mb=2")
+
+
+def _render_card(name: str, card: Card, *, bus: str) -> Iterator[str]:
+    # Nothing is booted over it, and the option ROM for that is not there on every host.
+    rom = ",romfile=" if bus == "pci" else ""
+    if card.wire is None:
+        raise RequestInvalid(f"{name} is not plugged in")
+    yield from ("-netdev", f"socket,id=wire-{name},fd={Path(str(card.wire)).name}")
+    yield from ("-device", f"virtio-net-{bus},id={name},netdev=wire-{name},mac={card.mac}{rom}")
 
 
 def _cpu(config: QemuConfig) -> str:

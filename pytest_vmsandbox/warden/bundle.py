@@ -50,7 +50,6 @@ PRIVILEGED = tuple(
         "warden.view",
     )
 )
-_PACKAGES = (_ROOM, f"{_ROOM}.linux", f"{_ROOM}.warden")
 
 # What `python -c` runs: it takes the bundle from the first packet on stdin, makes its modules
 # importable, none but them, and runs `main`. A Python of our own version gets compiled code.
@@ -83,19 +82,25 @@ main(line)
 """
 
 
+def bootstrap_of(module: str) -> str:
+    """What `python -c` runs to end up in the `main` of another module than the warden's."""
+    return BOOTSTRAP.replace(f"{_ROOM}.warden.main", module)
+
+
 @cache
-def bundle() -> bytes:
+def bundle(names: tuple[str, ...] = PRIVILEGED) -> bytes:
     """The modules, each as source and as code, with the version of Python that the code is for."""
-    modules = {name: _load(name) for name in PRIVILEGED}
-    return marshal.dumps((MAGIC_NUMBER, _PACKAGES, modules))
+    modules = {name: _load(name) for name in names}
+    packages = sorted({_ROOM, *(name.rpartition(".")[0] for name in names)})
+    return marshal.dumps((MAGIC_NUMBER, tuple(packages), modules))
 
 
-def open_bundle() -> int:
+def open_bundle(names: tuple[str, ...] = PRIVILEGED) -> int:
     """A new descriptor of a file in memory that holds the bundle; it is the caller's."""
     descriptor = os.memfd_create("vmsandbox-warden", os.MFD_CLOEXEC)
     try:
         with os.fdopen(os.dup(descriptor), "wb") as file:
-            file.write(bundle())
+            file.write(bundle(names))
     except BaseException:
         os.close(descriptor)
         raise

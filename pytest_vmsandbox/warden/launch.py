@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 
 from pytest_vmsandbox.deadline import Deadline
 from pytest_vmsandbox.linux.at import AtLocation
+from pytest_vmsandbox.linux.capabilities import Capabilities
 from pytest_vmsandbox.linux.clone import CloneFlags
 from pytest_vmsandbox.linux.id_maps import write_identity_maps
 from pytest_vmsandbox.linux.keyring import join_session_keyring
@@ -64,6 +65,10 @@ _NAMESPACE_LIMITS = {
     },
     Who.OWNER: {"max_user_namespaces": 0},
 }
+
+# What may be done to a network namespace by whoever it was made for, there and nowhere else.
+_KEPT = {Network.WIRES: Capabilities.CAP_NET_ADMIN | Capabilities.CAP_NET_RAW}
+
 _USER_LIMITS = "/proc/sys/user"
 
 # The same for what is limited by process: signals that wait, and bytes of message queues.
@@ -233,8 +238,8 @@ class _Stage:
         user = self._user
         if user.groups is not None:
             os.setgroups(user.groups)
-        isolated = self._order.network is Network.ISOLATED
-        unshare(_NAMESPACES | (CloneFlags.CLONE_NEWNET if isolated else 0))
+        shared = self._order.network is Network.HOST
+        unshare(_NAMESPACES | (0 if shared else CloneFlags.CLONE_NEWNET))
         self._tell({})
         self._wait_to_go()  # our user is mapped
         os.setresgid(user.gid, user.gid, user.gid)
@@ -270,7 +275,7 @@ class _Stage:
         with suppress(OSError):  # a kernel without keys, or a quota; a VMM may not ask for them
             join_session_keyring()
         _limit(order.limits, others=_VMM_LIMITS if order.who is Who.VMM else {})
-        drop_all_capabilities()
+        drop_all_capabilities(but=_KEPT.get(order.network, Capabilities(0)))
         prctl_set_no_new_privs()
         if order.who is Who.VMM:
             deny_system_calls()

@@ -43,9 +43,13 @@ class Who(StrEnum):
 
 
 class Network(StrEnum):
-    """What a process sees of the network."""
+    """What a process sees of the network.
+
+    ISOLATED: nothing. WIRES: nothing either, but it may make interfaces there, for itself alone.
+    """
 
     ISOLATED = "isolated"
+    WIRES = "wires"
     HOST = "host"
 
 

@@ -3,6 +3,7 @@
 # The real thing is looked at with plain calls: a test's loop has nothing else to do meanwhile.
 from __future__ import annotations
 
+import errno
 import os
 import platform
 import socket
@@ -153,6 +154,27 @@ async def test_addresses_replace_those_that_were_there(own_machine: Channel) -> 
     assert "default via 10.1.0.1 dev eth0" in await output_of(own_machine, "ip", "route")
     with pytest.raises(OSError, match="no-such"):
         await own_machine.set_addresses("no-such", wanted)
+
+
+async def test_a_card_is_found_by_its_ethernet_address_and_given_another(
+    own_machine: Channel,
+) -> None:
+    old, new, other = (f"02:00:00:00:00:0{number}" for number in (1, 2, 3))
+    for name, mac in (("eth0", other), ("eth1", old)):
+        made = ("ip", "link", "add", name, "address", mac, "type", "bridge")
+        assert await output_of(own_machine, *made) == ""
+    address = [ip_interface("10.1.2.3/16")]
+
+    for card in (f"{old},{new}", f"{old},{new}", new):
+        await own_machine.set_addresses(card, address)
+        shown = await output_of(own_machine, "ip", "-brief", "link", "show", "eth1")
+        assert shown.split()[2] == new
+    assert "10.1.2.3/16" in await output_of(own_machine, "ip", "address", "show", "eth1")
+    assert other in await output_of(own_machine, "ip", "link", "show", "eth0")
+    for nobody in (old, f"{old},02:00:00:00:00:09", f"{old},", "02:zz:00:00:00:01"):
+        with pytest.raises(OSError, match=nobody[:5]) as caught:
+            await own_machine.set_addresses(nobody, address)
+        assert caught.value.errno == errno.ENODEV
 
 
 @pytest.mark.parametrize("how", ["poweroff", "reboot"])

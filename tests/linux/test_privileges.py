@@ -48,6 +48,26 @@ def test_every_set_is_empty_and_stays_so_over_exec(in_room: InChild) -> None:
     in_room(body)
 
 
+def test_what_is_kept_lasts_over_exec_and_nothing_else_does(in_room: InChild) -> None:
+    def body() -> None:
+        kept = Capabilities.NET_ADMIN | Capabilities.NET_RAW
+
+        drop_all_capabilities(but=kept)
+
+        show = "print(open('/proc/self/status').read())"
+        done = subprocess.run([sys.executable, "-c", show], capture_output=True, check=True)
+        found = dict(re.findall(r"Cap(\w+):\s+(\w+)", done.stdout.decode()))
+        sets = {name: int(bits, 16) for name, bits in found.items()}
+        assert sets == {"Inh": kept, "Prm": kept, "Eff": kept, "Amb": kept, "Bnd": 0}
+        for more in (Capabilities.SYS_ADMIN, kept | Capabilities.CHOWN):
+            with pytest.raises(PermissionError):
+                CapabilitySets(permitted=more, effective=more).capset()
+        with pytest.raises(PermissionError):
+            prctl(PrctlOption.SET_SECUREBITS, 0)
+
+    in_room(body)
+
+
 def test_what_was_given_up_can_not_be_had_again(in_room: InChild) -> None:
     def body() -> None:
         drop_all_capabilities()

@@ -1,15 +1,22 @@
 /*
  * An interface's addresses, over rtnetlink (runs in a child): what was there goes, what is asked for
  * comes, the interface goes up, and a default route is set where a gateway is named.
+ *
+ * An interface is named, or found by its Ethernet address: a guest may call its cards as it likes.
  */
 #include "agent.h"
 
 #include <linux/if_addr.h>
+#include <net/if_arp.h>
 #include <linux/netlink.h>
 #include <linux/rtnetlink.h>
 #include <net/if.h>
+#include <stdio.h>
+#include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <unistd.h>
+
+enum { MAC_SIZE = 6, MAC_TEXT = 17 };
 
 struct message {
     struct nlmsghdr header;
@@ -139,15 +146,70 @@ static void add_default_route(unsigned int index, const unsigned char *gateway, 
     ask(&m, 0);
 }
 
+static bool read_mac(const char *text, unsigned char mac[MAC_SIZE])
+{
+    unsigned int parts[MAC_SIZE];
+    if (sscanf(text, "%2x:%2x:%2x:%2x:%2x:%2x", &parts[0], &parts[1], &parts[2], &parts[3], &parts[4], &parts[5]) !=
+        MAC_SIZE)
+        return false;
+    for (int i = 0; i < MAC_SIZE; i++)
+        mac[i] = (unsigned char)parts[i];
+    return true;
+}
+
+/* 0 where no Ethernet card has it. */
+static unsigned int index_of(const unsigned char mac[MAC_SIZE])
+{
+    unsigned int found = 0;
+    int fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+    struct if_nameindex *all = if_nameindex();
+    for (struct if_nameindex *one = all; fd >= 0 && one && one->if_index && !found; one++) {
+        struct ifreq request = {0};
+        snprintf(request.ifr_name, sizeof request.ifr_name, "%s", one->if_name);
+        if (ioctl(fd, SIOCGIFHWADDR, &request) == 0 && request.ifr_hwaddr.sa_family == ARPHRD_ETHER &&
+            memcmp(request.ifr_hwaddr.sa_data, mac, MAC_SIZE) == 0)
+            found = one->if_index;
+    }
+    if_freenameindex(all);
+    if (fd >= 0)
+        close(fd);
+    return found;
+}
+
+static void set_mac(unsigned int index, const unsigned char mac[MAC_SIZE])
+{
+    struct message m;
+    prepare(&m, RTM_NEWLINK, 0, sizeof m.body.link);
+    m.body.link.ifi_index = (int)index;
+    attach(&m, IFLA_ADDRESS, mac, MAC_SIZE);
+    ask(&m, 0);
+}
+
+/* By name, by Ethernet address, or as "OLD,NEW": the card that has NEW, or has OLD and gets NEW. */
+static unsigned int find_interface(const char *interface)
+{
+    unsigned char old[MAC_SIZE], new[MAC_SIZE];
+    if (!read_mac(interface, old))
+        return if_nametoindex(interface);
+    if (interface[MAC_TEXT] != ',')
+        return index_of(old);
+    unsigned int index = read_mac(interface + MAC_TEXT + 1, new) ? index_of(new) : 0;
+    if (index == 0 && (index = index_of(old)) != 0)
+        set_mac(index, new);
+    return index;
+}
+
 /* After the interface's name: u8 count, then as often (address, u8 prefix length); then the gateway. */
 void machine_set_addresses(const char *interface, struct reader *r)
 {
     unsigned char bytes[16], gateway[16];
     device = interface;
-    unsigned int index = if_nametoindex(interface);
     netlink = socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, NETLINK_ROUTE);
-    if (index == 0 || netlink < 0)
-        transfer_fail(index == 0 ? ENODEV : errno, interface);
+    if (netlink < 0)
+        transfer_fail(errno, interface);
+    unsigned int index = find_interface(interface);
+    if (index == 0)
+        transfer_fail(ENODEV, interface);
     remove_addresses(index);
     for (uint8_t left = read_u8(r); left > 0 && !r->bad; left--) {
         size_t length = read_address(r, bytes);

@@ -1,0 +1,256 @@
+"""The networks of a worker: who is on which, what carries them, and what is wrong with them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
+from dataclasses import dataclass, field, replace
+from itertools import count, product
+from pathlib import Path
+
+from pytest_vmsandbox.errors import NetworkFailed, RequestInvalid, TimedOut
+from pytest_vmsandbox.host.facts import Tier
+from pytest_vmsandbox.machine.wires import PluggedWires, Wires
+from pytest_vmsandbox.network.addresses import NETWORKS, Address, Lessor
+from pytest_vmsandbox.network.client import SwitchLine
+from pytest_vmsandbox.network.impairment import Impairment
+
+StartSwitch = Callable[[Tier], AbstractAsyncContextManager[SwitchLine]]
+
+
+@dataclass(slots=True, kw_only=True)
+class _Network:
+    lessor: Lessor
+    line: SwitchLine | None = None  # which carries it, once a machine was on
+    plugged: set[str] = field(default_factory=set)
+    members: dict[str, PluggedWires] = field(default_factory=dict)
+    cuts: set[frozenset[str]] = field(default_factory=set)
+    impairment: Impairment = field(default_factory=Impairment)
+
+    @property
+    def number(self) -> int:
+        """What the switch calls it."""
+        return self.lessor.network
+
+    @property
+    def carried_by(self) -> SwitchLine:
+        """The switch that carries it; RequestInvalid before any machine on it was on."""
+        if self.line is None:
+            raise RequestInvalid(f"no machine on network {self.lessor.name!r} has been on yet")
+        return self.line
+
+
+class Networks:
+    """Networks by name. One exists while a machine is on it; the switch, from first need on.
+
+    The switch is started in the tier of the first machine that is on a network.
+    """
+
+    def __init__(self, start: StartSwitch) -> None:
+        self._start = start
+        self._networks: dict[str, _Network] = {}
+        self._running = AsyncExitStack()
+        self._tier: Tier | None = None
+        self._line: SwitchLine | None = None
+        self._starting = asyncio.Lock()
+        self._captures = count(1)
+        self._capturing: dict[int, SwitchLine] = {}
+        self.lost: list[str] = []
+
+    def join(self, machine: str, former: Wires, *, tier: Tier) -> Wires:
+        """A machine's places on its networks, which are made where they are not there yet.
+
+        `former` names them, and has the cards that its guest may still know by their old addresses.
+        RequestInvalid where its name is taken on one, or one is full; it is on none then.
+        """
+        self._tier = self._tier or tier
+        networks = former.networks
+        addresses: dict[str, Address] = {}
+        try:
+            for name in networks:
+                addresses[name] = self._made(name).lessor.lease(machine)
+        except BaseException:
+            for name in networks:
+                if name in addresses:
+                    self._networks[name].lessor.release(machine)
+                if name in self._networks and not self._networks[name].members:
+                    del self._networks[name]  # it was made just now
+            raise
+        wires = PluggedWires(machine, addresses, self, former=[card.mac for card in former.cards])
+        for name in networks:
+            self._networks[name].members[machine] = wires
+        return wires
+
+    async def close(self) -> None:
+        """End the switch."""
+        self._line = None
+        await self._running.aclose()
+
+    # For wires
+
+    async def plug(self, network: str, name: str, card: socket.socket) -> None:
+        """Part of Switch."""
+        there = self._networks[network]
+        if there.line is None or not there.plugged:
+            # Those who are plugged into a switch that has ended hear nothing any more, and stay
+            # together with whoever joins them; once all of them are off, they get another.
+            there.line = await self._switch()
+        await there.line.plug(there.number, name, card)
+        there.plugged.add(name)
+
+    async def unplug(self, network: str, name: str, address: Address) -> None:
+        """Part of Switch."""
+        there = self._networks[network]
+        there.plugged.discard(name)
+        if there.line is not None:
+            addresses = (str(address.ip), str(address.ip6))
+            await there.line.unplug(there.number, name, addresses)
+
+    def members(self, network: str) -> Mapping[str, Address]:
+        """Part of Switch."""
+        return self._networks[network].lessor.members
+
+    def neighbours(self, wires: PluggedWires) -> Sequence[PluggedWires]:
+        """Part of Switch."""
+        found = {
+            id(other): other
+            for name in wires.addresses
+            for other in self._networks[name].members.values()
+        }
+        return [other for other in found.values() if other is not wires]
+
+    async def left(self, wires: PluggedWires) -> None:
+        """Part of Switch."""
+        for name in wires.addresses:
+            network = self._networks.get(name)
+            if network is None or network.members.get(wires.machine) is not wires:
+                continue
+            del network.members[wires.machine]
+            network.lessor.release(wires.machine)
+            await self._forget_if_empty(name)
+
+    async def _forget_if_empty(self, name: str) -> None:
+        network = self._networks[name]
+        if not network.members:
+            del self._networks[name]
+            if network.line is not None:
+                with suppress(NetworkFailed):  # it has ended, and remembers nothing
+                    await network.line.drop(network.number)
+
+    async def _switch(self) -> SwitchLine:
+        """The switch that runs, started where none does."""
+        async with self._starting:
+            if self._line is not None and self._line.over:
+                self.lost.append("the switch of the networks died and was replaced")
+                self._line = None
+                await self._running.aclose()
+            if self._line is None:
+                started = self._start(self._tier or Tier.BARE)
+                self._line = await self._running.enter_async_context(started)
+            return self._line
+
+    # What a test does to them
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Those that there are now."""
+        return tuple(self._networks)
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether anything is wrong with any of them, or is captured."""
+        wrong = any(each.cuts or not each.impairment.none for each in self._networks.values())
+        return wrong or bool(self._capturing)
+
+    async def settle(self) -> None:
+        """Leave nothing of what a test did to them."""
+        with suppress(NetworkFailed, TimedOut):  # whoever uses them next is told
+            for number in tuple(self._capturing):
+                await self.end_capture(number)
+            await self.heal()
+
+    async def partition(
+        self, one: Sequence[str], other: Sequence[str], *, network: str | None
+    ) -> None:
+        """Let nothing pass between machines of the two sides, by name, on top of earlier cuts."""
+        if both := set(one) & set(other):
+            raise RequestInvalid(f"{', '.join(sorted(both))} can't be on both sides of a partition")
+        chosen = self._chosen(network)
+        for machine in (*one, *other):
+            if not any(machine in each.members for each in chosen):
+                raise RequestInvalid(f"{machine} is on no network {network or ''}".rstrip())
+        for each in chosen:
+            pairs = {
+                frozenset(pair)
+                for pair in product(one, other)
+                if all(machine in each.members for machine in pair)
+            }
+            each.cuts |= pairs
+            await each.carried_by.cut(each.number, each.cuts)
+
+    async def impair(self, *, network: str | None, **changes: float | None) -> None:
+        """Change what is wrong with the wires: the fields of Impairment."""
+        for each in self._chosen(network):
+            changed = replace(each.impairment, **changes)  # type: ignore[arg-type]  # as it says
+            await each.carried_by.impair(each.number, changed)
+            each.impairment = changed
+
+    async def heal(self, *, network: str | None = None) -> None:
+        """Let everything pass again, at once."""
+        for each in self._chosen(network) if self._networks else ():
+            each.cuts.clear()
+            each.impairment = Impairment()
+            if each.line is not None:
+                await each.line.cut(each.number, ())
+                await each.line.impair(each.number, each.impairment)
+
+    async def counts(self, *, network: str) -> Mapping[str, int]:
+        """What became of its frames: carried, cut, lost, overflowed."""
+        (each,) = self._chosen(network)
+        return await each.carried_by.counts(each.number)
+
+    async def start_capture(self, path: Path, *, network: str) -> int:
+        """Write what is sent on it to a new file (pcap); the number ends it."""
+        (each,) = self._chosen(network)
+        number = next(self._captures)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        file = os.open(path, flags, 0o600)
+        try:
+            await each.carried_by.capture(each.number, number, file)
+        finally:
+            os.close(file)
+        self._capturing[number] = each.carried_by
+        return number
+
+    async def end_capture(self, number: int) -> None:
+        """Have all of it in the file; one that has ended has."""
+        line = self._capturing.pop(number, None)
+        if line is not None:
+            await line.end_capture(number)
+
+    async def connect(
+        self, network: str, address: str, port: int, *, timeout_s: float
+    ) -> socket.socket:
+        """A socket connected to a machine on it, from the host's end."""
+        there = self._networks[network]
+        return await there.carried_by.connect(there.number, address, port, timeout_s=timeout_s)
+
+    def _made(self, name: str) -> _Network:
+        if name not in self._networks:
+            taken = {each.number for each in self._networks.values()}
+            number = next((number for number in NETWORKS if number not in taken), None)
+            if number is None:
+                raise RequestInvalid(f"there are {len(NETWORKS)} networks already, and no more")
+            self._networks[name] = _Network(lessor=Lessor(name=name, network=number))
+        return self._networks[name]
+
+    def _chosen(self, name: str | None) -> list[_Network]:
+        """The network of that name, or all."""
+        if (name is not None and name not in self._networks) or not self._networks:
+            wanted = "a network" if name is None else f"a network {name!r}"
+            there = ", ".join(self._networks) or "none"
+            raise RequestInvalid(f"there is not {wanted} now", f"there is: {there}")
+        return list(self._networks.values()) if name is None else [self._networks[name]]

@@ -1,0 +1,131 @@
+"""The switch launcher: a worker's switch as a process, behind walls where there are any."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+
+from pytest_vmsandbox.deadline import Deadline
+from pytest_vmsandbox.errors import HostUnfit, TimedOut, VmSandboxError
+from pytest_vmsandbox.host.facts import Tier
+from pytest_vmsandbox.host.way import interpreter, render_start
+from pytest_vmsandbox.jail.vmm_view import ROOM, plan_vmm_view
+from pytest_vmsandbox.linux import OwnedFd
+from pytest_vmsandbox.network.client import ENTRY, MODULES, SwitchLine
+from pytest_vmsandbox.network.switch import BARE, WALLED
+from pytest_vmsandbox.warden.bundle import bootstrap_of, open_bundle
+from pytest_vmsandbox.warden.client import Warden
+from pytest_vmsandbox.warden.requests import Launch, Limits, Network, Who
+
+START_S = 30.0
+END_S = 10.0
+
+
+@asynccontextmanager
+async def open_walled_switch(warden: Warden, tier: Tier, *, log: Path) -> AsyncIterator[SwitchLine]:
+    """A switch behind walls, in a network namespace of its own; it ends with the warden.
+
+    It sees a Python and nothing else of the host. HostUnfit where it does not come up.
+    """
+    python = interpreter(tier)
+    order = Launch(
+        who=Who.OWNER,
+        name="switch",
+        argv=(python, "-I", "-S", "-c", bootstrap_of(ENTRY), WALLED),
+        env={},
+        cwd="/",
+        steps=plan_vmm_view(Path(python), kvm=False),
+        network=Network.WIRES,
+        limits=Limits(),
+        files=(),
+        room=str(ROOM),
+        group=None,
+    )
+    with _line(log) as (ours, theirs, output):
+        async with warden.launch(order, [theirs.fileno(), output, output]):
+            theirs.close()
+            async with _ready(ours, log) as line:
+                yield line
+
+
+@asynccontextmanager
+async def open_bare_switch(*, log: Path) -> AsyncIterator[SwitchLine]:
+    """A switch as our own child; it ends when we do, and makes no interface anywhere."""
+    if sys.platform != "linux":
+        raise HostUnfit(
+            "VMS-NETWORK-LINUX",
+            "networks between machines",
+            f"this is {sys.platform}, and they are made of what only Linux has",
+            "run these tests on Linux; vm.forward() and vm.connect() work without a network",
+        )
+    with _line(log) as (ours, theirs, output):
+        child = _spawn(theirs, output)
+        theirs.close()
+        try:
+            async with _ready(ours, log) as line:
+                yield line
+        finally:
+            ours.close()
+            await asyncio.shield(asyncio.to_thread(_end, child))
+
+
+@asynccontextmanager
+async def _ready(ours: socket.socket, log: Path) -> AsyncIterator[SwitchLine]:
+    line = SwitchLine(ours, last_words=lambda: _last_words(log))
+    try:
+        try:
+            await line.ready(deadline=Deadline.after(seconds=START_S))
+        except (VmSandboxError, OSError) as error:
+            raise HostUnfit(
+                "VMS-SWITCH-UNUSABLE",
+                "a switch for networks between machines",
+                str(error),
+                str(log),
+            ) from error
+        yield line
+    finally:
+        line.close()
+
+
+@contextmanager
+def _line(log: Path) -> Iterator[tuple[socket.socket, socket.socket, int]]:
+    """A line with the bundle on its way to the other end, and where that may print to."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs, log.open("ab") as output:
+        with OwnedFd(open_bundle(MODULES)) as bundle:
+            socket.send_fds(ours, [b"\0"], [bundle])
+        yield ours, theirs, output.fileno()
+
+
+def _spawn(line: socket.socket, output: int) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        render_start(Tier.BARE, "-c", bootstrap_of(ENTRY), BARE),
+        stdin=line.fileno(),
+        stdout=output,
+        stderr=output,
+        start_new_session=True,
+        cwd="/",
+        env={"PATH": os.defpath, "LC_ALL": "C.UTF-8"},
+    )
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    try:
+        child.wait(END_S)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
+        raise TimedOut("the end of the switch", END_S) from None
+
+
+def _last_words(log: Path) -> str:
+    try:
+        return log.read_text(errors="backslashreplace")[-2000:].strip()
+    except OSError:
+        return ""

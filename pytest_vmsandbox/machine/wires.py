@@ -1,0 +1,251 @@
+"""The wires of one machine: its cards, plugged in while it is on, and what its guest is told."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from pytest_vmsandbox.errors import NetworkFailed, VmSandboxError
+from pytest_vmsandbox.guest.channel import Channel
+from pytest_vmsandbox.guest.messages import ExecRequest
+from pytest_vmsandbox.jail.off_loop import to_its_end
+from pytest_vmsandbox.network.addresses import Address, placeholder_mac
+from pytest_vmsandbox.network.hosts import PATH, render_hosts
+from pytest_vmsandbox.vmm.launch import Wire as WireEnd
+from pytest_vmsandbox.vmm.qemu import Card
+
+# What a guest that is already running may take to note a new neighbour; one that is paused can't.
+NEIGHBOUR_S = 5.0
+
+_DRIVER = "virtio_net"
+
+
+class Wires(Protocol):
+    """A machine's cards, and what is at their other ends."""
+
+    @property
+    def networks(self) -> Sequence[str]:
+        """The networks that the machine is for, in the order of its cards."""
+
+    @property
+    def addresses(self) -> Mapping[str, Address]:
+        """What the machine is called, by network, once it is on them."""
+
+    @property
+    def cards(self) -> Sequence[Card]:
+        """The cards, not plugged in."""
+
+    def plugged(self) -> AbstractAsyncContextManager[Sequence[Card]]:
+        """The cards, each with a wire to hand to a VMM; unplugged on the way out."""
+
+    async def furnish(self, channel: Channel) -> None:
+        """Tell the guest, which has just been met, all that it must know of its cards."""
+
+    async def resume(self, channel: Channel) -> None:
+        """The same for a guest that knows it all, but has missed what happened meanwhile."""
+
+    async def connect(self, network: str, port: int, *, timeout_s: float) -> socket.socket:
+        """A socket connected to the machine's port there; EOPNOTSUPP where we have no end of it."""
+
+    async def leave(self) -> None:
+        """Be on no network any more; safe to repeat."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LooseWires:
+    """Cards at whose other ends there is nobody: those of a template, or none at all."""
+
+    networks: Sequence[str] = ()
+    addresses: Mapping[str, Address] = field(default_factory=dict)
+
+    @property
+    def cards(self) -> Sequence[Card]:
+        """Part of Wires."""
+        return [Card(mac=placeholder_mac(number)) for number in range(len(self.networks))]
+
+    @asynccontextmanager
+    async def plugged(self) -> AsyncIterator[Sequence[Card]]:
+        """Part of Wires."""
+        with ExitStack() as held:
+            cards = []
+            for card in self.cards:
+                ours, theirs = socket.socketpair()
+                held.enter_context(ours)
+                held.enter_context(theirs)
+                cards.append(Card(mac=card.mac, wire=WireEnd(theirs.fileno())))
+            yield cards
+
+    async def furnish(self, channel: Channel) -> None:
+        """Part of Wires: the driver is there when a machine out of the template wants it."""
+        if self.networks:
+            await load_driver(channel)
+
+    async def resume(self, channel: Channel) -> None:
+        """Part of Wires."""
+
+    async def connect(self, network: str, port: int, *, timeout_s: float) -> socket.socket:  # noqa: ARG002 - there is none
+        """Part of Wires: there is nobody."""
+        raise OSError(errno.EOPNOTSUPP, f"no end of network {network!r} is here")
+
+    async def leave(self) -> None:
+        """Part of Wires."""
+
+
+class Switch(Protocol):
+    """What wires need of a worker's networks."""
+
+    async def plug(self, network: str, name: str, card: socket.socket) -> None:
+        """Carry what comes from that card."""
+
+    async def unplug(self, network: str, name: str, address: Address) -> None:
+        """Carry it no more, and end the host's connections to it."""
+
+    async def connect(
+        self, network: str, address: str, port: int, *, timeout_s: float
+    ) -> socket.socket:
+        """A socket connected to a machine, from the host's end."""
+
+    def members(self, network: str) -> Mapping[str, Address]:
+        """Who is on a network."""
+
+    def neighbours(self, wires: PluggedWires) -> Sequence[PluggedWires]:
+        """The machines that share a network with it."""
+
+    async def left(self, wires: PluggedWires) -> None:
+        """Its addresses are free again."""
+
+
+class PluggedWires:
+    """A machine's places on its networks; `addresses` by network, in the order of its cards.
+
+    By `former` Ethernet addresses its guest may know its cards until it has been furnished.
+    """
+
+    def __init__(
+        self,
+        machine: str,
+        addresses: Mapping[str, Address],
+        switch: Switch,
+        *,
+        former: Sequence[str],
+    ) -> None:
+        self.machine = machine
+        self.networks = tuple(addresses)
+        self.addresses = addresses
+        self._former = former
+        self._switch = switch
+        self._channel: Channel | None = None
+        self._known: dict[str, Address] = {}  # whom the guest knows by name
+        self._writing = asyncio.Lock()
+
+    @property
+    def cards(self) -> Sequence[Card]:
+        """Part of Wires."""
+        return [Card(mac=address.mac) for address in self.addresses.values()]
+
+    @asynccontextmanager
+    async def plugged(self) -> AsyncIterator[Sequence[Card]]:
+        """Part of Wires."""
+        with ExitStack() as held:
+            cards, plugged = [], []
+            try:
+                for network, address in self.addresses.items():
+                    ours, theirs = socket.socketpair()
+                    held.enter_context(theirs)
+                    plugged.append(network)
+                    with ours:
+                        await self._switch.plug(network, self.machine, ours)
+                    cards.append(Card(mac=address.mac, wire=WireEnd(theirs.fileno())))
+                yield cards
+            finally:
+                self._channel = None
+                await to_its_end(asyncio.create_task(self._unplug(plugged)))
+
+    async def furnish(self, channel: Channel) -> None:
+        """Part of Wires: addresses, and the names of all who are on the same networks.
+
+        NetworkFailed where the guest has no such card. Neighbours that run are told of this one.
+        """
+        self._channel, self._known = None, {}
+        for former, address in zip(self._former, self.addresses.values(), strict=True):
+            await self._give_address(channel, former, address)
+        await self.resume(channel)
+
+    async def resume(self, channel: Channel) -> None:
+        """Part of Wires."""
+        self._channel, self._known = channel, {}
+        await self.introduce()
+        await asyncio.gather(*(other.meet() for other in self._switch.neighbours(self)))
+
+    async def connect(self, network: str, port: int, *, timeout_s: float) -> socket.socket:
+        """Part of Wires."""
+        address = str(self.addresses[network].ip)
+        return await self._switch.connect(network, address, port, timeout_s=timeout_s)
+
+    async def leave(self) -> None:
+        """Part of Wires."""
+        await self._switch.left(self)
+
+    async def introduce(self) -> None:
+        """Have in the guest's list of names whoever is on its networks now."""
+        async with self._writing:
+            channel, members = self._channel, self._members()
+            if channel is None or members == self._known:
+                return
+            try:
+                text = (await channel.read_file(PATH)).decode(errors="surrogateescape")
+            except FileNotFoundError:
+                text = ""
+            text = render_hosts(text, members)
+            await channel.write_file(PATH, text.encode(errors="surrogateescape"), mode=0o644)
+            self._known = members
+
+    async def meet(self) -> None:
+        """The same for a guest that is busy with other things: what goes wrong is its affair."""
+        with suppress(VmSandboxError, OSError, TimeoutError):
+            async with asyncio.timeout(NEIGHBOUR_S):
+                await self.introduce()
+
+    async def _unplug(self, networks: Sequence[str]) -> None:
+        for network in networks:
+            with suppress(NetworkFailed, OSError):  # it has ended, and carries nothing
+                await self._switch.unplug(network, self.machine, self.addresses[network])
+
+    def _members(self) -> dict[str, Address]:
+        found: dict[str, Address] = {}
+        for network in self.addresses:
+            for name, address in self._switch.members(network).items():
+                found.setdefault(name, address)
+        return found
+
+    async def _give_address(self, channel: Channel, former: str, address: Address) -> None:
+        card = f"{former},{address.mac}"
+        wanted = (address.ipv4, address.ipv6)
+        try:
+            await channel.set_addresses(card, wanted)
+        except OSError as error:
+            if error.errno != errno.ENODEV:
+                raise self._failed(address, error) from error
+            await load_driver(channel)
+            try:
+                await channel.set_addresses(card, wanted)
+            except OSError as again:
+                raise self._failed(address, again) from again
+
+    def _failed(self, address: Address, error: OSError) -> NetworkFailed:
+        return NetworkFailed(
+            f"{self.machine} can't be given the address {address.ip} on its card {address.mac}: "
+            f"{error}"
+        )
+
+
+async def load_driver(channel: Channel) -> None:
+    """Have the driver of our cards in the guest; it may be built in, or there already."""
+    with suppress(OSError):  # no modprobe
+        process = await channel.spawn(ExecRequest(argv=["modprobe", "-q", _DRIVER]))
+        await process.wait()

@@ -1,0 +1,1 @@
+"""The wires: networks between machines, made of frames that a switch of ours carries."""

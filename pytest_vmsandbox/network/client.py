@@ -1,0 +1,212 @@
+"""The client: our end of the switch's line."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import json
+import os
+import socket
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from pytest_vmsandbox.deadline import Deadline
+from pytest_vmsandbox.errors import NetworkFailed
+from pytest_vmsandbox.network.impairment import Impairment
+from pytest_vmsandbox.network.switch import DESCRIPTORS_AT_MOST, PACKET_BYTES
+
+# All that a switch process is made of, beside the standard library.
+MODULES = tuple(
+    f"pytest_vmsandbox.{name}"
+    for name in (
+        "deadline",
+        "errors",
+        "linux.rtnetlink",
+        "linux.sock_diag",
+        "network.addresses",
+        "network.frames",
+        "network.host_end",
+        "network.hub",
+        "network.impairment",
+        "network.pcap",
+        "network.port",
+        "network.switch",
+    )
+)
+ENTRY = "pytest_vmsandbox.network.switch"
+
+# What an answer may take, in seconds, on the slowest of hosts.
+ANSWER_S = 30.0
+
+
+class SwitchLine:
+    """A line to a switch that runs; every wait for it ends with NetworkFailed once it has ended.
+
+    Networks are known by number, machines on them by name. `last_words` says what it printed.
+    """
+
+    def __init__(self, line: socket.socket, *, last_words: Callable[[], str]) -> None:
+        self._line = line
+        self._line.settimeout(0)
+        self._last_words = last_words
+        self._numbers = 0
+        self._waiting: dict[int, asyncio.Future[tuple[dict[str, Any], list[int]]]] = {}
+        self._loop = asyncio.get_running_loop()
+        self._ready: asyncio.Future[None] = self._loop.create_future()
+        self.over = False
+        self._loop.add_reader(line, self._readable)
+
+    async def ready(self, *, deadline: Deadline) -> None:
+        """Return once it listens."""
+        try:
+            async with asyncio.timeout(deadline.timeout_s):
+                await asyncio.shield(self._ready)
+        except TimeoutError:
+            raise deadline.timed_out("the switch", self._last_words()) from None
+
+    def close(self) -> None:
+        """Hang up, whereupon it ends."""
+        if not self.over:
+            self._lose()
+        self._line.close()
+
+    # What it can be asked for
+
+    async def plug(self, network: int, name: str, card: socket.socket) -> None:
+        """Carry what the other end of `card` sends; `card` stays the caller's."""
+        await self._ask("plug", [card.fileno()], network=network, port=name)
+
+    async def unplug(self, network: int, name: str, addresses: Sequence[str]) -> None:
+        """Carry it no more; whoever was connected to these addresses from here gets an error."""
+        await self._ask("unplug", network=network, port=name, addresses=list(addresses))
+
+    async def cut(self, network: int, pairs: Iterable[frozenset[str]]) -> None:
+        """Let nothing pass between these pairs of machines, and everything between others."""
+        await self._ask("cut", network=network, pairs=[sorted(pair) for pair in pairs])
+
+    async def impair(self, network: int, impairment: Impairment) -> None:
+        """Treat every frame on the network so from now on."""
+        await self._ask("impair", network=network, impairment=asdict(impairment))
+
+    async def capture(self, network: int, number: int, file: int) -> None:
+        """Write every frame that is sent to a file, until `end_capture`."""
+        await self._ask("capture", [file], network=network, capture=number)
+
+    async def end_capture(self, number: int) -> None:
+        """Write no more; what was written is in the file."""
+        await self._ask("end_capture", capture=number)
+
+    async def counts(self, network: int) -> Mapping[str, int]:
+        """What became of the network's frames: carried, cut, lost, overflowed."""
+        answer, _ = await self._ask("counts", network=network)
+        return {name: count for name, count in answer.items() if name != "number"}
+
+    async def drop(self, network: int) -> None:
+        """Forget a network, with all that was wrong with it."""
+        await self._ask("drop", network=network)
+
+    async def connect(
+        self, network: int, address: str, port: int, *, timeout_s: float
+    ) -> socket.socket:
+        """A socket connected to a machine, from the host's end of the network.
+
+        OSError as in `socket.connect`; EOPNOTSUPP where there can be no such end.
+        """
+        _, received = await self._ask(
+            "connect",
+            network=network,
+            address=address,
+            port=port,
+            timeout_s=timeout_s,
+            answer_s=timeout_s + ANSWER_S,
+        )
+        if not received:  # we may hold no more (recvmsg(2), MSG_CTRUNC)
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return socket.socket(fileno=received[0])
+
+    async def _ask(
+        self,
+        request: str,
+        descriptors: Sequence[int] = (),
+        *,
+        answer_s: float = ANSWER_S,
+        **form: object,
+    ) -> tuple[dict[str, Any], list[int]]:
+        if self.over:
+            raise self._lost()
+        self._numbers += 1
+        number = self._numbers
+        answer = self._loop.create_future()
+        self._waiting[number] = answer
+        packet = json.dumps({"number": number, "request": request, **form}).encode()
+        deadline = Deadline.after(seconds=answer_s)
+        try:
+            async with asyncio.timeout(answer_s):
+                await self._send(packet, descriptors)
+                told, received = await answer
+        except BaseException as error:
+            # We may have been cancelled after the answer came, and before we were called.
+            if answer.done() and not answer.cancelled() and not answer.exception():
+                for descriptor in answer.result()[1]:
+                    os.close(descriptor)
+            if isinstance(error, TimeoutError):
+                raise deadline.timed_out("the switch's answer", self._last_words()) from None
+            raise
+        finally:
+            del self._waiting[number]
+        if "refused" in told:
+            raise OSError(told["errno"], told["refused"])
+        return told, received
+
+    async def _send(self, packet: bytes, descriptors: Sequence[int]) -> None:
+        while True:
+            try:
+                socket.send_fds(self._line, [packet], list(descriptors))
+            except BlockingIOError:
+                await asyncio.sleep(0.005)
+            except OSError:
+                self._lose()
+                raise self._lost() from None
+            else:
+                return
+
+    def _readable(self) -> None:
+        while True:
+            try:
+                packet, descriptors, _, _ = socket.recv_fds(
+                    self._line, PACKET_BYTES, DESCRIPTORS_AT_MOST, socket.MSG_CMSG_CLOEXEC
+                )
+            except BlockingIOError:
+                return
+            except OSError:
+                packet, descriptors = b"", []
+            if not packet:
+                self._lose()
+                return
+            self._take(json.loads(packet), descriptors)
+
+    def _take(self, form: dict[str, Any], descriptors: list[int]) -> None:
+        if "ready" in form:
+            self._ready.set_result(None)
+            return
+        waiting = self._waiting.get(form["number"])
+        if waiting is not None and not waiting.done():
+            waiting.set_result((form, descriptors))
+            return
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+    def _lose(self) -> None:
+        if self.over:
+            return
+        self.over = True
+        self._loop.remove_reader(self._line)
+        awaited: list[asyncio.Future[Any]] = [*self._waiting.values(), self._ready]
+        for future in awaited:
+            if not future.done():
+                future.set_exception(self._lost())
+                future.exception()  # it may be that nobody waits any more
+
+    def _lost(self) -> NetworkFailed:
+        return NetworkFailed("the switch has ended, which carried it", self._last_words())

@@ -1,0 +1,165 @@
+"""The hub of one network: which frame goes to whom, when, and whether at all."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from random import Random
+
+from pytest_vmsandbox.network.frames import ADDRESS_BYTES, is_for_many
+from pytest_vmsandbox.network.impairment import Impairment
+from pytest_vmsandbox.network.pcap import PcapWriter
+from pytest_vmsandbox.network.port import Port
+
+# As many hosts as a network may have several times over; a guest that makes up addresses fills
+# the table, and frames for those that are not in it go to everybody.
+LEARNED_AT_MOST = 4096
+
+# What waits for a slow wire longer than this is lost, as in a router with a queue of that length.
+QUEUE_AT_MOST_S = 1.0
+
+
+@dataclass(slots=True, kw_only=True)
+class Counts:
+    """Frames since the network was made: what became of each copy of them."""
+
+    carried: int = 0
+    cut: int = 0
+    lost: int = 0
+    overflowed: int = 0
+
+
+@dataclass(slots=True)
+class _Wire:
+    """What the hub knows of a port."""
+
+    port: Port
+    free_at: float = 0.0  # when what it hears at a limited rate will have been said
+    addresses: set[bytes] = field(default_factory=set)
+
+
+class Hub:
+    """Carries frames between ports as a learning switch does (IEEE 802.1D, 7.7 to 7.9)."""
+
+    def __init__(self, *, random: Random | None = None) -> None:
+        self.counts = Counts()
+        self.impairment = Impairment()
+        self.captures: dict[int, PcapWriter] = {}
+        # Which losses there are follows from the frames alone, so that a run can be repeated.
+        self._random = random or Random(0)  # noqa: S311 - no secret
+        self._wires: dict[str, _Wire] = {}
+        self._learned: dict[bytes, str] = {}
+        self._cuts: frozenset[frozenset[str]] = frozenset()
+        self._loop = asyncio.get_running_loop()
+
+    @property
+    def ports(self) -> tuple[str, ...]:
+        """Who is plugged in, by name."""
+        return tuple(self._wires)
+
+    def plug(self, port: Port) -> None:
+        """Carry what comes from this port, and bring it what is for it."""
+        if port.name in self._wires:
+            raise ValueError(f"there is a port {port.name} already")
+        self._wires[port.name] = _Wire(port)
+        port.start(self.carry)
+
+    def unplug(self, name: str) -> None:
+        """Forget a port, and close it; KeyError where there is none."""
+        wire = self._wires.pop(name)
+        for address in wire.addresses:
+            self._learned.pop(address, None)
+        wire.port.close()
+
+    def cut(self, pairs: Iterable[frozenset[str]]) -> None:
+        """Let nothing pass between these pairs of ports, and everything between all others."""
+        self._cuts = frozenset(pairs)
+
+    def close(self) -> None:
+        """Unplug everybody, and end every capture."""
+        for name in self.ports:
+            self.unplug(name)
+        for capture in self.captures.values():
+            capture.close()
+
+    def carry(self, source: Port, frames: Sequence[bytes]) -> None:
+        """Bring each frame to whom it is for."""
+        wire = self._wires.get(source.name)
+        if wire is None or wire.port is not source:
+            return
+        touched: dict[str, Port] = {}
+        for frame in frames:
+            self._capture(frame)
+            self._learn(wire, frame[ADDRESS_BYTES : 2 * ADDRESS_BYTES])
+            for target in self._targets(source.name, frame[:ADDRESS_BYTES]):
+                if self._send(source.name, target, frame):
+                    touched[target.port.name] = target.port
+        for port in touched.values():
+            port.flush()
+        for capture in self.captures.values():
+            capture.flush()
+
+    def _capture(self, frame: bytes) -> None:
+        for capture in self.captures.values():
+            capture.write(frame, at_s=time.time())
+
+    def _learn(self, wire: _Wire, address: bytes) -> None:
+        known = self._learned.get(address)
+        if known == wire.port.name or is_for_many(address):
+            return
+        if known is not None:
+            self._wires[known].addresses.discard(address)
+        elif len(self._learned) >= LEARNED_AT_MOST:
+            return
+        self._learned[address] = wire.port.name
+        wire.addresses.add(address)
+
+    def _targets(self, source: str, address: bytes) -> Iterator[_Wire]:
+        known = None if is_for_many(address) else self._learned.get(address)
+        if known is None:
+            yield from (wire for name, wire in self._wires.items() if name != source)
+        elif known != source:
+            yield self._wires[known]
+
+    def _send(self, source: str, target: _Wire, frame: bytes) -> bool:
+        """Offer it to a port, or have that done later; whether the port is to be flushed now."""
+        if self._cuts and frozenset((source, target.port.name)) in self._cuts:
+            self.counts.cut += 1
+            return False
+        if self.impairment.none:
+            return self._offer(target, frame)
+        if self._random.random() < self.impairment.loss:
+            self.counts.lost += 1
+            return False
+        delay_s = self._delay_s(target, len(frame))
+        if delay_s is None:
+            self.counts.overflowed += 1
+        else:
+            self._loop.call_later(delay_s, self._deliver_late, target, frame)
+        return False
+
+    def _delay_s(self, target: _Wire, length: int) -> float | None:
+        """In how many seconds it will have come; None where too much waits already."""
+        wrong = self.impairment
+        delay_s = wrong.delay_s + self._random.uniform(-wrong.jitter_s, wrong.jitter_s)
+        if wrong.rate_bps is not None:
+            now = self._loop.time()
+            begins = max(now, target.free_at)
+            if begins - now > QUEUE_AT_MOST_S:
+                return None
+            target.free_at = begins + length * 8 / wrong.rate_bps
+            delay_s += target.free_at - now
+        return max(0.0, delay_s)
+
+    def _deliver_late(self, target: _Wire, frame: bytes) -> None:
+        if self._wires.get(target.port.name) is target and self._offer(target, frame):
+            target.port.flush()
+
+    def _offer(self, target: _Wire, frame: bytes) -> bool:
+        if target.port.offer(frame):
+            self.counts.carried += 1
+            return True
+        self.counts.overflowed += 1
+        return False

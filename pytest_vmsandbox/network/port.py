@@ -1,0 +1,159 @@
+"""Ports: where a machine's card, or the host's end, is plugged into a network."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from pytest_vmsandbox.network.frames import FRAME_AT_MOST, FrameReader, NotAFrame, encode_frame
+
+# How much may wait for a machine that does not take it; what comes then is lost, as in any switch.
+WAITING_AT_MOST = 1 << 20
+
+_READ_BYTES = 256 * 1024
+# How many packets are read at once, before others have their turn.
+_PACKETS_AT_ONCE = 64
+
+
+class Port(Protocol):
+    """One end of a wire, as the hub sees it; `name` is unique in its network."""
+
+    name: str
+
+    def start(self, came: Callable[[Port, Sequence[bytes]], None]) -> None:
+        """Hand over whatever comes from now on."""
+
+    def offer(self, frame: bytes) -> bool:
+        """Take a frame, to be sent at the latest with `flush`; False where it is lost."""
+
+    def flush(self) -> None:
+        """Send what was offered, as far as the other end takes it; the rest follows by itself."""
+
+    def close(self) -> None:
+        """Let go of the other end."""
+
+
+class StreamPort:
+    """A VMM's card, at the other end of a stream (frames.py)."""
+
+    def __init__(self, name: str, sock: socket.socket) -> None:
+        self.name = name
+        self.broken = ""  # why it hears and says nothing any more
+        self._sock = sock
+        self._sock.settimeout(0)
+        self._reader = FrameReader()
+        self._waiting = bytearray()
+        self._writing = False
+        self._loop = asyncio.get_running_loop()
+        self._came: Callable[[Port, Sequence[bytes]], None] = _nobody
+
+    def start(self, came: Callable[[Port, Sequence[bytes]], None]) -> None:
+        """Part of Port."""
+        self._came = came
+        self._loop.add_reader(self._sock, self._readable)
+
+    def offer(self, frame: bytes) -> bool:
+        """Part of Port."""
+        if self.broken or len(self._waiting) > WAITING_AT_MOST:
+            return False
+        self._waiting += encode_frame(frame)
+        return True
+
+    def flush(self) -> None:
+        """Part of Port."""
+        if not self._writing:
+            self._write()
+
+    def close(self) -> None:
+        """Part of Port."""
+        self._break("it was unplugged")
+        self._sock.close()
+
+    def _readable(self) -> None:
+        try:
+            piece = self._sock.recv(_READ_BYTES)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._break(str(error))
+            return
+        if not piece:
+            self._break("the VMM has ended")
+            return
+        try:
+            frames = self._reader.feed(piece)
+        except NotAFrame as error:
+            self._break(f"the VMM sent what is no frame: {error}")
+            return
+        self._came(self, frames)
+
+    def _write(self) -> None:
+        if self.broken:
+            return
+        try:
+            sent = self._sock.send(self._waiting)
+        except BlockingIOError:
+            sent = 0
+        except OSError as error:
+            self._break(str(error))
+            return
+        del self._waiting[:sent]
+        if bool(self._waiting) == self._writing:
+            return
+        self._writing = bool(self._waiting)
+        if self._writing:
+            self._loop.add_writer(self._sock, self._write)
+        else:
+            self._loop.remove_writer(self._sock)
+
+    def _break(self, reason: str) -> None:
+        if not self.broken:
+            self.broken = reason
+            self._waiting.clear()
+            self._loop.remove_reader(self._sock)
+            self._loop.remove_writer(self._sock)
+
+
+class PacketPort:
+    """An interface of the switch's own network namespace, by a packet socket (packet(7))."""
+
+    def __init__(self, name: str, sock: socket.socket) -> None:
+        self.name = name
+        self._sock = sock
+        self._sock.settimeout(0)
+        self._loop = asyncio.get_running_loop()
+
+    def start(self, came: Callable[[Port, Sequence[bytes]], None]) -> None:
+        """Part of Port."""
+        self._loop.add_reader(self._sock, self._readable, came)
+
+    def offer(self, frame: bytes) -> bool:
+        """Part of Port; there is nothing to flush."""
+        try:
+            self._sock.send(frame)
+        except OSError:  # its queue is full, or the frame longer than the interface takes
+            return False
+        return True
+
+    def flush(self) -> None:
+        """Part of Port."""
+
+    def close(self) -> None:
+        """Part of Port."""
+        self._loop.remove_reader(self._sock)
+        self._sock.close()
+
+    def _readable(self, came: Callable[[Port, Sequence[bytes]], None]) -> None:
+        frames: list[bytes] = []
+        try:
+            while len(frames) < _PACKETS_AT_ONCE:
+                frames.append(self._sock.recv(FRAME_AT_MOST))
+        except OSError:  # nothing more for now
+            pass
+        came(self, frames)
+
+
+def _nobody(_: Port, __: Sequence[bytes]) -> None:
+    """Before it is started nothing is read."""

@@ -1,0 +1,77 @@
+"""Interfaces and addresses, in network namespaces of children."""
+
+from __future__ import annotations
+
+import errno
+import socket
+import subprocess
+from collections.abc import Callable
+from ipaddress import ip_interface
+
+import pytest
+
+from pytest_vmsandbox.linux import CloneFlags, unshare
+from pytest_vmsandbox.linux.rtnetlink import RouteSocket
+
+InChild = Callable[..., None]
+
+
+def test_a_pair_of_interfaces_is_made_addressed_brought_up_and_removed(in_room: InChild) -> None:
+    def body() -> None:
+        def shown(*words: str) -> str:
+            done = subprocess.run(["ip", "-o", *words], capture_output=True, check=True)
+            return done.stdout.decode()
+
+        unshare(CloneFlags.NEWNET)
+        with RouteSocket() as route:
+            route.add_veth("one", "other")
+            route.set_mac("one", bytes.fromhex("02766d000001"))
+            for name in ("one", "other"):
+                route.set_up(name)
+            for address in ("10.76.0.1/24", "fd76:6d73:6200::1/64"):
+                route.add_address("one", ip_interface(address))
+            route.forbid_forwarding("one")
+
+            assert {name for _, name in socket.if_nameindex()} == {"lo", "one", "other"}
+            assert "02:76:6d:00:00:01" in shown("link", "show", "one")
+            assert "state UP" in shown("link", "show", "other")
+            addresses = shown("address", "show", "one")
+            assert "10.76.0.1/24" in addresses
+            assert "fd76:6d73:6200::1/64" in addresses
+            assert "tentative" not in addresses.split("fd76")[1].split("fe80")[0]
+            settings = shown("netconf", "show", "dev", "one")
+            assert "inet one forwarding off" in " ".join(settings.split())
+
+            route.delete("one")
+            assert {name for _, name in socket.if_nameindex()} == {"lo"}
+
+    in_room(body)
+
+
+def test_errors_say_what_was_asked_for(in_room: InChild) -> None:
+    def body() -> None:
+        unshare(CloneFlags.NEWNET)
+        with RouteSocket() as route:
+            route.add_veth("one", "other")
+            with pytest.raises(FileExistsError, match="make veth one"):
+                route.add_veth("one", "third")
+            with pytest.raises(OSError, match="no interface nobody"):
+                route.set_up("nobody")
+            route.add_address("one", ip_interface("10.76.0.1/24"))
+            with pytest.raises(FileExistsError, match=r"give one the address 10.76.0.1/24"):
+                route.add_address("one", ip_interface("10.76.0.1/24"))
+
+    in_room(body)
+
+
+def test_without_the_right_nothing_is_made(in_child: InChild) -> None:
+    def body() -> None:
+        import os
+
+        if os.geteuid() == 0:  # root may: in its own namespace, not in the host's
+            return
+        with RouteSocket() as route, pytest.raises(PermissionError) as caught:
+            route.add_veth("one", "other")
+        assert caught.value.errno == errno.EPERM
+
+    in_child(body)

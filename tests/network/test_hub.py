@@ -1,0 +1,288 @@
+"""The hub: real sockets at its ports, and what comes out of them."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import socket
+import time
+from collections.abc import AsyncIterator
+from random import Random
+
+import pytest
+
+from pytest_vmsandbox.network.frames import FrameReader, encode_frame
+from pytest_vmsandbox.network.hub import LEARNED_AT_MOST, Hub
+from pytest_vmsandbox.network.impairment import Impairment
+from pytest_vmsandbox.network.pcap import PcapWriter
+from pytest_vmsandbox.network.port import WAITING_AT_MOST, StreamPort
+
+EVERYBODY = b"\xff" * 6
+
+
+def mac(number: int) -> bytes:
+    return b"\x02\x76\x6d" + number.to_bytes(3, "big")
+
+
+def frame(to: bytes, source: bytes, text: bytes = b"hello") -> bytes:
+    return to + source + b"\x88\xb5" + text
+
+
+class Card:
+    """The machine's end of a port."""
+
+    def __init__(self, hub: Hub, name: str) -> None:
+        self.sock, theirs = socket.socketpair()
+        self.sock.settimeout(0)
+        self.port = StreamPort(name, theirs)
+        self._reader = FrameReader()
+        self._got: list[bytes] = []
+        hub.plug(self.port)
+
+    async def send(self, *frames: bytes) -> None:
+        stream = b"".join(map(encode_frame, frames))
+        await asyncio.get_running_loop().sock_sendall(self.sock, stream)
+
+    async def hear(self, within_s: float = 5.0) -> bytes | None:
+        """The next frame; None where none comes in time."""
+        try:
+            async with asyncio.timeout(within_s):
+                while not self._got:
+                    piece = await asyncio.get_running_loop().sock_recv(self.sock, 1 << 16)
+                    assert piece, "the hub hung up"
+                    self._got += self._reader.feed(piece)
+        except TimeoutError:
+            return None
+        return self._got.pop(0)
+
+    async def hears_nothing(self) -> bool:
+        return await self.hear(0.05) is None
+
+
+@pytest.fixture
+async def hub() -> AsyncIterator[Hub]:
+    hub = Hub(random=Random(7))
+    yield hub
+    hub.close()
+
+
+@pytest.fixture
+async def cards(hub: Hub) -> AsyncIterator[list[Card]]:
+    """Three machines, 1, 2 and 3, called a, b and c, whom the hub has heard of."""
+    cards = [Card(hub, name) for name in "abc"]
+    for number, card in enumerate(cards, 1):
+        await card.send(frame(EVERYBODY, mac(number), b"here"))
+        for other in cards:
+            if other is not card:
+                assert await other.hear() is not None
+    yield cards
+    for card in cards:
+        card.sock.close()
+
+
+async def test_a_frame_goes_to_the_one_that_it_is_for(cards: list[Card]) -> None:
+    one, two, three = cards
+    sent = frame(mac(2), mac(1))
+
+    await one.send(sent)
+
+    assert await two.hear() == sent
+    assert await three.hears_nothing()
+    assert await one.hears_nothing()
+
+
+async def test_broadcasts_and_strangers_go_to_all_others(cards: list[Card]) -> None:
+    one, two, three = cards
+    for to in (EVERYBODY, bytes.fromhex("333300000001"), mac(99)):
+        sent = frame(to, mac(1))
+        await one.send(sent)
+        assert await two.hear() == sent
+        assert await three.hear() == sent
+        assert await one.hears_nothing()
+
+
+async def test_a_machine_that_moves_is_found_where_it_is(cards: list[Card]) -> None:
+    one, two, three = cards
+
+    await three.send(frame(EVERYBODY, mac(2)))
+    assert await one.hear() is not None
+    assert await two.hear() is not None
+    await one.send(frame(mac(2), mac(1)))
+
+    assert await three.hear() is not None
+    assert await two.hears_nothing()
+
+
+async def test_who_was_unplugged_is_forgotten(hub: Hub, cards: list[Card]) -> None:
+    one, two, three = cards
+    hub.unplug("b")
+    again = Card(hub, "b")
+
+    await one.send(frame(mac(2), mac(1)))
+
+    assert await again.hear() is not None  # a stranger now: everybody gets it
+    assert await three.hear() is not None
+    assert two.port.broken
+    again.sock.close()
+
+
+async def test_a_name_is_plugged_in_once(hub: Hub, cards: list[Card]) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs, pytest.raises(ValueError, match="port a already"):
+        hub.plug(StreamPort("a", theirs))
+
+
+async def test_a_cut_parts_two_sides_and_no_others_until_it_is_healed(
+    hub: Hub, cards: list[Card]
+) -> None:
+    one, two, three = cards
+    hub.cut([frozenset(("a", "b")), frozenset(("a", "c"))])
+
+    await one.send(frame(EVERYBODY, mac(1)))
+    await two.send(frame(mac(1), mac(2)), frame(mac(3), mac(2)))
+
+    assert await three.hear() == frame(mac(3), mac(2))
+    assert await one.hears_nothing()
+    assert await two.hears_nothing()
+    assert hub.counts.cut == 3
+
+    hub.cut([])
+    await one.send(frame(mac(2), mac(1)))
+    assert await two.hear() is not None
+
+
+async def test_a_delay_is_kept_and_nothing_is_overtaken(hub: Hub, cards: list[Card]) -> None:
+    one, two, _ = cards
+    hub.impairment = Impairment(delay_s=0.2)
+    sent = [frame(mac(2), mac(1), f"{number:03}".encode()) for number in range(50)]
+
+    began = time.monotonic()
+    await one.send(*sent)
+    first = await two.hear()
+    took_s = time.monotonic() - began
+    got = [first, *[await two.hear() for _ in sent[1:]]]
+
+    assert got == sent
+    assert 0.2 <= took_s < 2
+
+
+async def test_losses_are_as_many_as_asked_for_and_the_same_in_each_run(
+    hub: Hub, cards: list[Card]
+) -> None:
+    one, two, _ = cards
+    sent = [frame(mac(2), mac(1), f"{number:04}".encode()) for number in range(1000)]
+
+    async def survivors() -> list[bytes]:
+        hub._random.seed(1)
+        hub.impairment = Impairment(loss=0.3)
+        await one.send(*sent)
+        hub_done = frame(mac(2), mac(1), b"end")
+        await asyncio.sleep(0.1)
+        hub.impairment = Impairment()
+        await one.send(hub_done)
+        got = []
+        while (heard := await two.hear()) != hub_done:
+            assert heard is not None
+            got.append(heard)
+        return got
+
+    first, second = await survivors(), await survivors()
+
+    assert first == second
+    assert 600 < len(first) < 800
+    assert hub.counts.lost == 2 * (1000 - len(first))
+
+
+async def test_all_is_lost_where_that_is_asked_for(hub: Hub, cards: list[Card]) -> None:
+    one, two, _ = cards
+    hub.impairment = Impairment(loss=1.0)
+
+    await one.send(*[frame(mac(2), mac(1))] * 20)
+
+    assert await two.hears_nothing()
+
+
+async def test_a_rate_is_kept_and_what_waits_too_long_is_lost(hub: Hub, cards: list[Card]) -> None:
+    one, two, _ = cards
+    hub.impairment = Impairment(rate_bps=800_000)  # 100 KB a second
+    big = frame(mac(2), mac(1), bytes(986))  # a thousand bytes: 10 ms each
+
+    began = time.monotonic()
+    await one.send(*[big] * 50)
+    for _ in range(50):
+        assert await two.hear() is not None
+    took_s = time.monotonic() - began
+    await one.send(*[big] * 300)
+    await asyncio.sleep(0.05)
+
+    assert 0.5 <= took_s < 3
+    assert hub.counts.overflowed > 150
+
+
+async def test_each_machine_has_the_rate_for_itself(hub: Hub, cards: list[Card]) -> None:
+    one, two, three = cards
+    hub.impairment = Impairment(rate_bps=800_000)
+
+    began = time.monotonic()
+    await one.send(*[frame(EVERYBODY, mac(1), bytes(986))] * 30)
+    for _ in range(30):
+        assert await two.hear() is not None
+        assert await three.hear() is not None
+
+    assert time.monotonic() - began < 0.55  # one after the other it would be 0.6
+
+
+async def test_what_is_captured_is_what_was_sent(hub: Hub, cards: list[Card]) -> None:
+    one, two, _ = cards
+    file = io.BytesIO()
+    hub.captures[1] = PcapWriter(file)
+    hub.impairment = Impairment(loss=1.0)
+
+    await one.send(frame(mac(2), mac(1), b"lost, and yet sent"))
+    await two.hears_nothing()
+
+    assert file.getvalue().endswith(b"lost, and yet sent")
+
+
+async def test_one_that_does_not_listen_loses_its_own_frames_and_nobody_elses(
+    hub: Hub, cards: list[Card]
+) -> None:
+    one, two, three = cards
+    big = frame(mac(2), mac(1), bytes(60_000))
+    for _ in range(2 * WAITING_AT_MOST // len(big)):
+        await one.send(big)
+    await one.send(frame(mac(3), mac(1)))
+
+    assert await three.hear() == frame(mac(3), mac(1))
+    assert hub.counts.overflowed > 0
+    assert len(two.port._waiting) < WAITING_AT_MOST + 2 * len(big)
+    assert await two.hear() == big  # what it missed is gone, and the rest comes
+
+
+async def test_a_vmm_that_sends_garbage_or_ends_harms_itself_only(
+    hub: Hub, cards: list[Card]
+) -> None:
+    one, two, three = cards
+    await asyncio.get_running_loop().sock_sendall(one.sock, b"\xff" * 100)
+    two.sock.close()
+    await asyncio.sleep(0.05)
+
+    assert "no frame" in one.port.broken
+    assert two.port.broken
+    await three.send(frame(mac(1), mac(3)), frame(mac(2), mac(3)), frame(EVERYBODY, mac(3)))
+    fourth = Card(hub, "d")
+    await fourth.send(frame(mac(3), mac(4)))
+    assert await three.hear() == frame(mac(3), mac(4))
+    fourth.sock.close()
+
+
+async def test_made_up_addresses_fill_no_memory(hub: Hub, cards: list[Card]) -> None:
+    one, two, three = cards
+    for start in range(1000, 1000 + LEARNED_AT_MOST + 500, 500):
+        await one.send(*[frame(mac(2), mac(start + n)) for n in range(500)])
+        for _ in range(500):
+            assert await two.hear() is not None
+
+    assert len(hub._learned) == LEARNED_AT_MOST
+    await three.send(frame(mac(2), mac(3)))
+    assert await two.hear() is not None

@@ -1,0 +1,151 @@
+"""The switch as a process: what it is asked for, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import socket
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Self
+
+import pytest
+
+from pytest_vmsandbox.errors import NetworkFailed
+from pytest_vmsandbox.machine.switch_launcher import open_bare_switch
+from pytest_vmsandbox.network.client import SwitchLine
+from pytest_vmsandbox.network.frames import FrameReader, encode_frame
+from pytest_vmsandbox.network.impairment import Impairment
+
+FRAME = b"\xff" * 6 + b"\x02\x76\x6d\x00\x00\x02" + b"\x88\xb5" + b"hello"
+
+
+@pytest.fixture
+async def line(tmp_path: Path) -> AsyncIterator[SwitchLine]:
+    """A switch in the tier bare; it must end without having said anything."""
+    log = tmp_path / "switch.log"
+    async with open_bare_switch(log=log) as line:
+        yield line
+    assert log.read_text() == ""
+
+
+class Card:
+    """A machine's end of a wire."""
+
+    def __init__(self) -> None:
+        self.sock, self.theirs = socket.socketpair()
+        self.sock.settimeout(10)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.sock.close()
+        self.theirs.close()
+
+    async def hear(self) -> bytes:
+        """The next frame; nothing where the switch hangs up."""
+        piece = await asyncio.to_thread(self.sock.recv, 1 << 16)
+        return FrameReader().feed(piece)[0] if piece else b""
+
+
+async def test_frames_pass_between_cards_of_a_network_and_to_no_other(line: SwitchLine) -> None:
+    with Card() as one, Card() as two, Card() as stranger:
+        await line.plug(0, "one", one.theirs)
+        await line.plug(0, "two", two.theirs)
+        await line.plug(1, "one", stranger.theirs)
+
+        one.sock.sendall(encode_frame(FRAME))
+
+        assert await two.hear() == FRAME
+        assert await line.counts(0) == {"carried": 1, "cut": 0, "lost": 0, "overflowed": 0}
+        assert (await line.counts(1))["carried"] == 0
+        stranger.sock.settimeout(0.05)
+        with pytest.raises(TimeoutError):
+            stranger.sock.recv(1)
+
+
+async def test_all_that_can_be_asked_for(line: SwitchLine, tmp_path: Path) -> None:
+    with Card() as one, Card() as two, (tmp_path / "lan.pcap").open("wb") as file:
+        await line.plug(7, "one", one.theirs)
+        await line.plug(7, "two", two.theirs)
+        await line.capture(7, 1, file.fileno())
+        await line.cut(7, [frozenset(("one", "two"))])
+        one.sock.sendall(encode_frame(FRAME))
+        while (await line.counts(7))["cut"] < 1:
+            await asyncio.sleep(0.01)
+        await line.cut(7, ())
+        await line.impair(7, Impairment(loss=1.0))
+        one.sock.sendall(encode_frame(FRAME))
+        while (await line.counts(7))["lost"] < 1:
+            await asyncio.sleep(0.01)
+        await line.end_capture(1)
+        await line.unplug(7, "one", ["10.76.7.2"])
+        one.theirs.close()
+
+        assert await one.hear() == b""
+        assert (tmp_path / "lan.pcap").read_bytes().count(FRAME) == 2
+        await line.drop(7)
+        two.theirs.close()
+        assert await two.hear() == b""
+
+
+async def test_what_can_not_be_is_refused_and_nothing_else_suffers(line: SwitchLine) -> None:
+    with Card() as one, Card() as two:
+        await line.plug(0, "one", one.theirs)
+        with pytest.raises(OSError, match="port one already"):
+            await line.plug(0, "one", two.theirs)
+        with pytest.raises(OSError, match="nobody"):
+            await line.unplug(0, "nobody", [])
+        await line.plug(0, "two", two.theirs)
+        one.sock.sendall(encode_frame(FRAME))
+
+        assert await two.hear() == FRAME
+
+
+async def test_in_the_tier_bare_it_makes_no_interface_anywhere(line: SwitchLine) -> None:
+    before = socket.if_nameindex()
+
+    with pytest.raises(OSError, match="no network namespace") as caught:
+        await line.connect(0, "10.76.0.2", 80, timeout_s=5)
+
+    assert caught.value.errno == errno.EOPNOTSUPP
+    assert socket.if_nameindex() == before
+
+
+async def test_when_it_ends_every_wait_is_over_and_says_why(line: SwitchLine) -> None:
+    asking = [asyncio.ensure_future(line.counts(0)) for _ in range(3)]
+    line._line.shutdown(socket.SHUT_RDWR)
+
+    for result in await asyncio.gather(*asking, return_exceptions=True):
+        assert isinstance(result, NetworkFailed | dict)
+    with pytest.raises(NetworkFailed, match="the switch has ended"):
+        await line.counts(0)
+    assert line.over
+
+
+async def test_it_ends_with_its_line_and_closes_what_it_holds(tmp_path: Path) -> None:
+    with Card() as one:
+        async with open_bare_switch(log=tmp_path / "log") as line:
+            await line.plug(0, "one", one.theirs)
+            one.theirs.close()
+
+        assert await one.hear() == b""
+    assert (tmp_path / "log").read_text() == ""
+
+
+async def test_a_hundred_questions_at_once_are_all_answered_even_where_some_give_up(
+    line: SwitchLine,
+) -> None:
+    before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+    asking = [asyncio.ensure_future(line.counts(number)) for number in range(100)]
+    await asyncio.sleep(0)
+    for task in asking[::3]:
+        task.cancel()
+
+    results = await asyncio.gather(*asking, return_exceptions=True)
+
+    assert sum(isinstance(result, dict) for result in results) >= 60
+    assert await line.counts(0)
+    assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
