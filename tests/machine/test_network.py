@@ -22,6 +22,7 @@ from pytest_vmsandbox import (
     Network,
     NetworkFailed,
     RequestInvalid,
+    TemplateBuilder,
 )
 from pytest_vmsandbox.machine.spec import MachineSpec
 from pytest_vmsandbox.machine.worker import Worker
@@ -431,3 +432,51 @@ def test_when_the_switch_dies_it_is_said_and_those_that_come_have_another(
 async def _hang_up(line: SwitchLine) -> None:
     """Let go of the switch, which then ends, as if it had ended by itself."""
     line._line.shutdown(socket.SHUT_RDWR)
+
+
+def test_twins_are_machines_of_their_own_on_the_same_network(vm_factory: MachineFactory) -> None:
+    first = vm_factory(network="lan", name="first")
+    first.run("ip route add 192.0.2.0/24 via 10.76.0.77", check=True)
+
+    twins = first.fork(2)
+
+    addresses = {vm.ip for vm in (first, *twins)}
+    assert addresses == {"10.76.0.2", "10.76.0.3", "10.76.0.4"}
+    for vm in (first, *twins):
+        assert vm.run("ip -o address").stdout.count("10.76.0.") == 1
+        for other in (first, *twins):
+            assert _reaches(vm, other.ip)
+            assert _reaches(vm, other.name)
+    twins[0].reboot()
+    assert _reaches(twins[0], twins[1].ip6)
+
+
+def test_a_machine_that_goes_back_has_its_addresses_and_routes_of_then(
+    vm_factory: MachineFactory,
+) -> None:
+    one = vm_factory(network="lan", name="one")
+    one.run("ip route add 192.0.2.0/24 via 10.76.0.77", check=True)
+    snapshot = one.snapshot()
+    later = vm_factory(network="lan", name="later")
+
+    one.restore(snapshot)
+
+    assert "192.0.2.0/24 via 10.76.0.77" in one.run("ip route").stdout
+    assert _reaches(one, "later")
+    assert _reaches(later, "one")
+
+
+def test_a_template_with_a_network_gives_machines_on_it(
+    vm_factory: MachineFactory, vm_templates: TemplateBuilder
+) -> None:
+    template = vm_templates.build(setup=_note, network="lan")
+
+    one, two = vm_factory(count=2, template=template)
+
+    assert one.read_text("/root/note") == "prepared"
+    assert _reaches(one, two.ip)
+    assert {one.ip, two.ip} == {"10.76.0.2", "10.76.0.3"}
+
+
+def _note(vm: Machine) -> None:
+    vm.write_text("/root/note", "prepared")
