@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from pytest_vmsandbox.errors import RequestInvalid
 from pytest_vmsandbox.host.facts import Tier
-from pytest_vmsandbox.linux import OwnedFd
+from pytest_vmsandbox.linux import Capabilities, OwnedFd
 from pytest_vmsandbox.warden.client import Warden, open_warden
 from pytest_vmsandbox.warden.requests import Limits, Network, Who
 from pytest_vmsandbox.warden.steps import Bind, Proc, Step, Symlink, Tmpfs
@@ -126,6 +127,41 @@ async def test_the_network_is_the_host_s_where_that_is_asked_for(warden: Warden)
     seen = await see(warden, python(LOOK, network=Network.HOST))
 
     assert seen["namespaces"]["net"] == namespace_of("self", "net")
+
+
+async def test_who_is_to_make_wires_may_do_so_in_a_network_of_its_own_and_nothing_else(
+    warden: Warden,
+) -> None:
+    script = LOOK.replace(
+        "print(",
+        """
+with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as sock:
+    sock.bind(("lo", 3))
+try:
+    os.mknod("/machine/node", 0o20600, os.makedev(1, 3))
+    made = True
+except OSError:
+    made = False
+print(""",
+    ).replace('"pid": os.getpid()', '"made": made, "links": socket.if_nameindex(), "pid": 0')
+
+    seen = await see(warden, python(script, who=Who.OWNER, network=Network.WIRES))
+
+    wanted = int(Capabilities.CAP_NET_ADMIN | Capabilities.CAP_NET_RAW)
+    for kind in ("CapInh", "CapPrm", "CapEff", "CapAmb"):
+        assert int(seen["status"][kind], 16) == wanted
+    assert int(seen["status"]["CapBnd"], 16) == 0
+    assert seen["status"]["NoNewPrivs"] == "1"
+    assert seen["securebits"] == SECUREBITS
+    for name in NAMESPACES:
+        assert seen["namespaces"][name] != namespace_of("self", name)
+    assert seen["links"] == [[1, "lo"]]
+    assert seen["made"] is False
+
+
+async def test_a_vmm_makes_no_wires(warden: Warden) -> None:
+    with pytest.raises(RequestInvalid, match="can't be a VMM's"):
+        await run(warden, order(TRUE, who=Who.VMM, network=Network.WIRES))
 
 
 async def test_its_network_is_a_loopback_that_is_down(warden: Warden) -> None:
