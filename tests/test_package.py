@@ -21,6 +21,7 @@ from pytest_vmsandbox import (
     HostUnfit,
     Machine,
     MachineFailed,
+    NetworkFailed,
     OutcomeUnknown,
     RequestInvalid,
     SocketAuthError,
@@ -31,9 +32,9 @@ from pytest_vmsandbox import (
     errors,
 )
 from pytest_vmsandbox.errors import Evidence
-from pytest_vmsandbox.machine.async_machine import AsyncMachineConsole
+from pytest_vmsandbox.machine.async_machine import AsyncMachineConsole, AsyncMachineLink
 from pytest_vmsandbox.machine.async_process import AsyncProcess
-from pytest_vmsandbox.machine.machine import MachineConsole
+from pytest_vmsandbox.machine.machine import MachineConsole, MachineLink
 from pytest_vmsandbox.machine.process import Process
 from pytest_vmsandbox.machine.running import BootStalled
 
@@ -66,6 +67,10 @@ RAISED: list[tuple[VmSandboxError, list[str]]] = [
     (
         TimedOut("vm1: the end of 'sleep'", 1.5, "QEMU answers QMP: yes"),
         ["the end of 'sleep': not within 1.5 s", "last seen", "QEMU answers QMP: yes"],
+    ),
+    (
+        NetworkFailed("the switch has ended, which carried it", "MemoryError"),
+        ["the network: the switch has ended", "it printed", "MemoryError"],
     ),
     (
         OutcomeUnknown("QMP cont", "the line broke"),
@@ -194,21 +199,31 @@ def test_importing_the_package_imports_no_room() -> None:
 
 @pytest.mark.parametrize(
     ("blocking", "awaited"),
-    [(Machine, AsyncMachine), (MachineConsole, AsyncMachineConsole), (Process, AsyncProcess)],
-    ids=["machine", "console", "process"],
+    [
+        (Machine, AsyncMachine),
+        (MachineConsole, AsyncMachineConsole),
+        (MachineLink, AsyncMachineLink),
+        (Process, AsyncProcess),
+    ],
+    ids=["machine", "console", "link", "process"],
 )
 def test_the_two_faces_have_the_same_names(blocking: type, awaited: type) -> None:
     assert sorted(_public(blocking)) == sorted(_public(awaited))
 
 
 # These wait for nothing, so that there is nothing to await.
-AT_ONCE = {"tail", "poll"}
+AT_ONCE = {"tail", "poll", "ip_on", "ip6_on"}
 
 
 @pytest.mark.parametrize(
     ("blocking", "awaited"),
-    [(Machine, AsyncMachine), (MachineConsole, AsyncMachineConsole), (Process, AsyncProcess)],
-    ids=["machine", "console", "process"],
+    [
+        (Machine, AsyncMachine),
+        (MachineConsole, AsyncMachineConsole),
+        (MachineLink, AsyncMachineLink),
+        (Process, AsyncProcess),
+    ],
+    ids=["machine", "console", "link", "process"],
 )
 def test_the_two_faces_have_the_same_signatures(blocking: type, awaited: type) -> None:
     for name, verb in _public(blocking).items():
