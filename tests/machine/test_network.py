@@ -17,6 +17,7 @@ import pytest
 
 from pytest_vmsandbox import (
     AsyncMachineFactory,
+    BootFailed,
     Machine,
     MachineFactory,
     Network,
@@ -361,6 +362,29 @@ def test_a_name_is_on_a_network_once(vm_factory: MachineFactory) -> None:
     with pytest.raises(RequestInvalid, match="has a machine 'db' already"):
         vm_factory(network="lan", name="db")
     vm_factory(network="dmz", name="db")
+
+
+def test_a_machine_whose_name_is_taken_leaves_nothing(worker: Worker) -> None:
+    spec = MachineSpec(network=["lan", "dmz"], name="db")
+    (first,) = worker.engine.run(worker.make([spec]))
+
+    with pytest.raises(RequestInvalid, match="has a machine 'db' already"):
+        worker.engine.run(worker.make([spec]))
+
+    directories = {path for path in worker.directory.path.rglob("m*") if path.is_dir()}
+    assert directories == {first.build.config.directory}
+    assert worker.networks.members("dmz") == {"db": first.address("dmz")}
+
+
+def test_a_machine_that_did_not_start_can_be_powered_on_again(worker: Worker) -> None:
+    one, two = worker.engine.run(worker.make([MachineSpec(network="lan")] * 2))
+    with pytest.raises(BootFailed):
+        worker.engine.run(one.power_on(timeout=0.001))
+
+    worker.engine.run(worker.boot([one, two]))
+
+    ping = ["ping", "-c", "1", "-W", "5", str(one.address().ip)]
+    worker.engine.run(two.run(ping, check=True))
 
 
 def test_what_can_not_be_done_to_networks_is_said(

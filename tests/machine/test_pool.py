@@ -350,6 +350,16 @@ def test_nothing_is_made_ahead_without_a_template_in_memory(worker: Worker) -> N
     assert machines == {first.build.config.directory}
 
 
+def test_a_machine_on_a_network_is_not_started_ahead(worker: Worker) -> None:
+    first = make(worker, MachineSpec(network="lan"))
+    foresee(worker, MachineSpec(network="lan"))
+    worker.engine.run(asyncio.sleep(0.5))
+
+    assert worker._pool._ahead is not None
+    assert worker._pool._ahead.over
+    assert worker.networks.members("lan").keys() == {first.name}
+
+
 def test_what_was_demanded_is_part_of_what_is_foreseen(worker: Worker) -> None:
     make(worker)
     foresee(worker)
