@@ -43,7 +43,7 @@ layers: $(READY)  ## rooms import downward only
 docs: $(READY)  ## run what README.md and docs/ show
 	$(BIN)/pytest tests/repository/test_documents.py
 
-interpreters: $(READY)  ## the parts that need no machine, under every Python from 3.11 to 3.13 found
+interpreters: $(READY)  ## the parts that need no machine, under every Python from 3.11 to 3.13 found but .venv's
 	@.ci/interpreters
 
 bench: $(READY)  ## the benchmarks, as ratios, side by side in one run (docs/benchmarks.md)

@@ -89,9 +89,9 @@ def left_in(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir()) if directory.exists() else []
 
 
-def link_published(image: Image, cache: Path) -> None:
+def link_published(image: Image, cache: Path, *rooms: str) -> None:
     """Give `cache` what is published in the session's cache, without the time to build it."""
-    for room in ("layers", "images"):
+    for room in rooms or ("layers", "images"):
         source = image.directory.parents[1] / room
         shutil.copytree(source, cache / room, copy_function=os.link)
 
@@ -167,9 +167,15 @@ def test_two_processes_that_ask_at_once_build_once(
 
 @pytest.mark.parametrize("step", ["kernel and modules", "putting it together"])
 def test_a_builder_that_is_killed_leaves_nothing_published_and_the_next_one_cleans_up(
-    fresh_cache: FreshCache, agent: Path, python_environment: dict[str, str], step: str
+    fresh_cache: FreshCache,
+    image: Image,
+    agent: Path,
+    python_environment: dict[str, str],
+    step: str,
 ) -> None:
     cache = fresh_cache()
+    if step == "putting it together":
+        link_published(image, cache, "layers")
     process = start_build(cache, agent, environment=python_environment)
     assert process.stdout is not None
     with ended(process):
@@ -282,12 +288,14 @@ def test_an_image_outside_the_cache_is_not_removed(image: Image, tmp_path: Path)
 
 
 def test_removing_the_last_image_of_a_kernel_removes_the_kernel(
-    fresh_cache: FreshCache, agent: Path
+    fresh_cache: FreshCache, image: Image, agent: Path
 ) -> None:
     cache = fresh_cache()
-    image = ensure_image("mini", cache_dir=cache, agent=agent, progress=SilentProgress())
+    link_published(image, cache)
+    own = ensure_image("mini", cache_dir=cache, agent=agent, progress=SilentProgress())
+    assert own.directory.is_relative_to(cache)
 
-    remove_image(image, cache_dir=cache)
+    remove_image(own, cache_dir=cache)
 
     assert (left_in(cache / "images"), left_in(cache / "layers")) == ([], [])
     assert left_in(cache / "staging") == []

@@ -106,7 +106,7 @@ def test_the_machine_ahead_is_given_warm_to_who_asks_for_one_like_it(worker: Wor
     assert first.timings.restore_s is not None
     assert first.timings.waited_s > first.timings.restore_s
     assert given.timings.waited_s is not None
-    assert given.timings.waited_s < 0.5  # a handshake, and no restoring
+    assert given.timings.waited_s < first.timings.waited_s  # a handshake, and no restoring
     assert given.timings.first_command_s is None
     assert given.build.nursery is not None
     assert worker.engine.run(given.run("hostname")).stdout == f"{given.name}\n"

@@ -20,6 +20,10 @@ pytestmark = pytest.mark.machine
 
 Run = Callable[..., pytest.RunResult]
 
+# An end that is not seen to is never: the machine's command sleeps for long. What comes by itself
+# is there in a moment, and a worker that has lost its controller is given time by execnet.
+GONE_S = 30.0
+
 SLEEPS = """
     import os, sys
 
@@ -36,14 +40,16 @@ class _Run:
     """A pytest in a process of its own, up to the point where its test waits for a machine."""
 
     def __init__(self, path: Path, *arguments: str) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments],
-            cwd=path,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            process_group=0,
-        )
+        log = path / "log"
+        with log.open("wb") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments],
+                cwd=path,
+                stdout=output,
+                stderr=subprocess.PIPE,
+                text=True,
+                process_group=0,
+            )
         assert self.process.stderr is not None
         for line in self.process.stderr:
             if line.startswith("UP "):
@@ -57,11 +63,11 @@ class _Run:
                 assert int(vmm) in {member.pid for member in self._others}
                 assert tier == "bare" or {Part.OUTER, Part.INNER} <= {m.part for m in self._others}
                 return
-        pytest.fail("the machine never came up")
+        pytest.fail(f"the machine never came up\n{log.read_text(errors='replace')[-5000:]}")
 
-    def walls_are_gone(self, *, within_s: float) -> bool:
+    def walls_are_gone(self) -> bool:
         """Whether VMM, warden and sudo end in time, and their namespaces with them."""
-        over = time.monotonic() + within_s
+        over = time.monotonic() + GONE_S
         while not all(member.is_gone() for member in self._others) or self._namespaces():
             if time.monotonic() > over:
                 return False
@@ -95,7 +101,7 @@ def start(pytester: pytest.Pytester) -> Iterator[Callable[..., _Run]]:
     for run in runs:
         run.process.kill()
         run.process.wait()
-        run.walls_are_gone(within_s=5)
+        run.walls_are_gone()
         if run.worker != run.process.pid:
             with suppress(ChildProcessError):
                 os.waitpid(run.worker, 0)
@@ -111,28 +117,29 @@ def test_ctrl_c_ends_the_machine_and_removes_its_files(
     os.killpg(run.process.pid, signal.SIGINT)  # as a terminal does
 
     assert run.process.wait(timeout=60) == pytest.ExitCode.INTERRUPTED
-    assert run.walls_are_gone(within_s=1 if not workers else 15)
+    assert run.walls_are_gone()
     assert not run.directory.exists()
 
 
 def test_pytest_timeout_interrupts_the_wait_and_nothing_is_left(
     start: Callable[..., _Run],
 ) -> None:
-    run = start("-s", "--timeout=20")
+    # Of the test alone: what it takes until the machine is up depends on the host.
+    run = start("-s", "--timeout=3", "-o", "timeout_func_only=true")
 
     assert run.process.wait(timeout=90) == pytest.ExitCode.TESTS_FAILED
-    assert run.walls_are_gone(within_s=1)
+    assert run.walls_are_gone()
     assert not run.directory.exists()
 
 
 @pytest.mark.parametrize("workers", [(), ("-n1",)])
-def test_kill_9_leaves_no_process_after_a_second_and_no_files_after_the_next_run(
+def test_kill_9_leaves_no_process_and_no_files_after_the_next_run(
     start: Callable[..., _Run], workers: tuple[str, ...], run_pytest: Run
 ) -> None:
     run = start("-s", *workers)
     run.process.kill()
 
-    assert run.walls_are_gone(within_s=1 if not workers else 15)
+    assert run.walls_are_gone()
     next_run = run_pytest("def test_it(vm): pass")
     next_run.assert_outcomes(passed=1)
     assert not run.directory.exists()
@@ -145,6 +152,6 @@ def test_sigterm_leaves_no_process_and_no_files_after_the_next_run(
     os.kill(run.process.pid, signal.SIGTERM)
     run.process.wait(timeout=30)
 
-    assert run.walls_are_gone(within_s=1)
+    assert run.walls_are_gone()
     run_pytest("def test_it(vm): pass").assert_outcomes(passed=1)
     assert not run.directory.exists()

@@ -21,7 +21,14 @@ SUDO_RULES = {
     "qemu-vm": "{user} ALL=(qemu-vm) NOPASSWD: ALL",
 }
 
-_HANDED_ON = ("VMSANDBOX_SEED", "VMSANDBOX_MOMENTS", "VMSANDBOX_RESTORES")
+_HANDED_ON = ("VMSANDBOX_SEED", "VMSANDBOX_MOMENTS")
+
+# How much is tried at random, by default: `make test` has no time for as much.
+_THOROUGH = {
+    "VMSANDBOX_MUTATIONS": "100000",
+    "VMSANDBOX_TEST_FUZZED": "100000",
+    "VMSANDBOX_RESTORES": "40",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +55,7 @@ class Lodging:
     def environment(self) -> dict[str, str]:
         """All of the environment: nothing of ours, of coverage's or of an outer run's.
 
-        But for what tests/plugin/test_kill_9.py may be told.
+        But for what says how much is tried, and out of which seed.
         """
         home = self.place / "home"
         return {
@@ -61,7 +68,8 @@ class Lodging:
             "HYPOTHESIS_STORAGE_DIRECTORY": str(home / "hypothesis"),
             "VMSANDBOX_TIER": self.tier,
             "VMSANDBOX_CACHE_DIR": str(self.cache),
-            **{name: os.environ[name] for name in _HANDED_ON if name in os.environ},
+            **_THOROUGH,
+            **{n: os.environ[n] for n in (*_HANDED_ON, *_THOROUGH) if n in os.environ},
         }
 
 

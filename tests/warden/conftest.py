@@ -101,7 +101,7 @@ class RawLine:
     def close(self) -> None:
         """Let go of the line, and wait for the warden's end."""
         self.line.close()
-        self.child.wait(10)
+        self.child.wait(30)
 
 
 @pytest.fixture
@@ -193,7 +193,7 @@ async def see(warden: Warden, ordered: Launch, files: Sequence[int] = ()) -> Any
 
 async def until(condition: Callable[[], object]) -> None:
     """Return once it holds."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while not condition():
             await asyncio.sleep(0.01)
 

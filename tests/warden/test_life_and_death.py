@@ -211,7 +211,7 @@ def test_a_client_that_never_reads_is_outlived_by_nobody(raw: RawLine) -> None:
 def test_an_empty_packet_is_the_end(raw: RawLine) -> None:
     raw.line.send(b"")
 
-    assert raw.child.wait(10) == 0
+    assert raw.child.wait(30) == 0
 
 
 def test_what_was_asked_for_before_the_end_is_not_left_running(raw: RawLine) -> None:

@@ -46,7 +46,7 @@ def no_process_left() -> Iterator[None]:
     before = set(children())
     try:
         yield
-        deadline = time.monotonic() + 2.0
+        deadline = time.monotonic() + 20.0
         while left := set(children()) - before:
             assert time.monotonic() < deadline, f"left running: {[command_of(pid) for pid in left]}"
             time.sleep(0.01)

@@ -101,7 +101,7 @@ async def test_a_program_that_hangs_is_ended_in_time(
 
     assert not fact.present
     assert fact.verdict is Verdict.TIMEOUT
-    assert time.monotonic() - began < 10 * stub_trial.deadline_s
+    assert time.monotonic() - began < 50 * stub_trial.deadline_s  # and not for ever
 
 
 @each_probe
