@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
-from pytest_vmsandbox.linux import MountInfo, read_mountinfo
-
-MEMBERSHIP = Path("/proc/self/cgroup")
+from pytest_vmsandbox.linux import MountInfo, own_and_above, read_mountinfo, read_own_groups
+from pytest_vmsandbox.linux.cgroups import MEMBERSHIP
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,33 +75,13 @@ def _groups(
 ) -> Iterator[tuple[Path, int]]:
     """The directories of our groups, the innermost first, and of which version they are."""
     mounts = read_mountinfo() if mounts is None else mounts
-    for line in membership.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
-        number, controllers, path = line.split(":", 2)
-        version = 2 if (number, controllers) == ("0", "") else 1
-        if version == 1 and controller not in controllers.split(","):
-            continue
-        for mount in mounts:
-            is_v2 = version == 2 and mount.fs_type == "cgroup2"  # noqa: PLR2004 - the version
-            if is_v2 or (mount.fs_type == "cgroup" and version == 1 and _has(mount, controller)):
-                yield from ((group, version) for group in _chain(mount, PurePosixPath(path)))
+    own = read_own_groups(membership)
+    for version, fs_type, name in ((1, "cgroup", controller), (2, "cgroup2", "")):
+        for mounted in mounts:
+            is_it = mounted.fs_type == fs_type and (not name or name in mounted.super_options)
+            if is_it and name in own:
+                yield from ((group, version) for group in own_and_above(mounted, own[name]))
                 break
-
-
-def _has(mount: MountInfo, controller: str) -> bool:
-    return controller in mount.super_options
-
-
-def _chain(mount: MountInfo, path: PurePosixPath) -> Iterator[Path]:
-    """Our group's directory and those above it, as far up as they are mounted here."""
-    top = Path(mount.mount_point)
-    # In a container what is mounted may be the group itself, under a path of the host's.
-    inside = path.relative_to(mount.root) if path.is_relative_to(mount.root) else PurePosixPath()
-    if ".." in inside.parts:
-        inside = PurePosixPath()
-    for part in (inside, *inside.parents):
-        yield top / part
-        if part == PurePosixPath():
-            return
 
 
 def _word(file: Path) -> list[str] | None:

@@ -2,6 +2,7 @@
 
 from pytest_vmsandbox.linux.at import AT_FDCWD, AtFlags, AtLocation
 from pytest_vmsandbox.linux.capabilities import Capabilities, CapabilitySets
+from pytest_vmsandbox.linux.cgroups import own_and_above, read_own_groups
 from pytest_vmsandbox.linux.clone import CloneFlags
 from pytest_vmsandbox.linux.eventfd import EventFD, EventFDFlags
 from pytest_vmsandbox.linux.id_maps import write_identity_maps
@@ -82,6 +83,7 @@ __all__ = [
     "move_mount",
     "open_tree",
     "openat2",
+    "own_and_above",
     "parse_mountinfo",
     "pidfd_is_alive",
     "pidfd_open",
@@ -96,6 +98,7 @@ __all__ = [
     "prctl_set_pdeathsig",
     "read_boot_id",
     "read_mountinfo",
+    "read_own_groups",
     "setns",
     "umount",
     "unshare",

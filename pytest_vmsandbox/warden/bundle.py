@@ -24,6 +24,7 @@ PRIVILEGED = tuple(
         "linux.arguments",
         "linux.at",
         "linux.capabilities",
+        "linux.cgroups",
         "linux.clone",
         "linux.id_maps",
         "linux.keyring",

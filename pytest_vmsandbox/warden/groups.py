@@ -11,9 +11,10 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TypeAlias
 
+from pytest_vmsandbox.linux.cgroups import own_and_above, read_own_groups
 from pytest_vmsandbox.linux.mountinfo import MountInfo, read_mountinfo
 from pytest_vmsandbox.linux.owned_fd import OwnedFd
 from pytest_vmsandbox.warden.requests import Limits
@@ -66,7 +67,7 @@ def find_hierarchies() -> tuple[Hierarchy, ...]:
     """
     found: list[Hierarchy] = []
     missing = set(_SETTINGS_V2)
-    for choices in candidates(read_mountinfo(), own=_own_groups()):
+    for choices in candidates(read_mountinfo(), own=read_own_groups()):
         for hierarchy in _most_first(choices, missing):
             tried = try_hierarchy(hierarchy)
             if tried is not None:
@@ -214,13 +215,13 @@ def _sweep(parent: Path) -> None:
 
 def _choices(mounted: MountInfo, own: Mapping[str, str]) -> Iterator[Hierarchy]:
     if mounted.fs_type == "cgroup2":
-        for place in _own_and_above(mounted, own.get("", "")):
+        for place in own_and_above(mounted, own.get("", "")):
             if delegated := _delegated(place):
                 yield Hierarchy(parent=place, files=delegated)
     elif mounted.fs_type == "cgroup":
         files = {n: settings for n, settings in _SETTINGS_V1.items() if n in mounted.super_options}
         for name in list(files)[:1]:
-            for place in _own_and_above(mounted, own.get(name, "")):
+            for place in own_and_above(mounted, own.get(name, "")):
                 yield Hierarchy(parent=place, files=files)
 
 
@@ -230,20 +231,3 @@ def _delegated(parent: Path) -> dict[str, Settings]:
         words = (parent / "cgroup.subtree_control").read_text(encoding="ascii").split()
         return {name: settings for name, settings in _SETTINGS_V2.items() if name in words}
     return {}
-
-
-def _own_groups() -> dict[str, str]:
-    """The group that we are in, by controller; under "" the one of version 2."""
-    lines = Path("/proc/self/cgroup").read_bytes().split(b"\n")[:-1]
-    entries = [os.fsdecode(line).split(":", 2) for line in lines]
-    return {name: path for _, names, path in entries for name in names.split(",")}
-
-
-def _own_and_above(mounted: MountInfo, own: str) -> list[Path]:
-    """Our own group, as far as it lies in what is mounted, and all above it up to the top."""
-    top = Path(mounted.mount_point)
-    group = PurePosixPath(own)
-    if ".." in group.parts or not group.is_relative_to(mounted.root):
-        return [top]  # it is out of our sight: in a container, for example
-    below = group.relative_to(mounted.root)
-    return [place for place in (top / below, *(top / p for p in below.parents)) if place.is_dir()]
