@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractContextManager, asynccontextmanager, suppress
 from functools import partial
 from typing import TypeVar
@@ -63,11 +63,12 @@ def _start(work: Callable[[], T]) -> asyncio.Task[T]:
     return asyncio.create_task(asyncio.to_thread(work))
 
 
-async def to_its_end(task: asyncio.Future[T]) -> T:
-    """What `task` returns or raises; a cancellation is passed on only once it is done.
+async def to_its_end(work: Awaitable[T]) -> T:
+    """What `work` returns or raises; a cancellation is passed on only once it is done.
 
     Nor does a second cancellation, or a third, leave it behind.
     """
+    task = asyncio.ensure_future(work)
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:

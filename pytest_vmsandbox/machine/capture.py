@@ -185,7 +185,7 @@ async def _standing_still(
     finally:
         # Also for a caller who is cancelled, however often: the guest must not stand for ever.
         in_time = Deadline.after(seconds=go_on_s)
-        await to_its_end(asyncio.create_task(_go_on(running, runs=was == _RUNS, deadline=in_time)))
+        await to_its_end(_go_on(running, runs=was == _RUNS, deadline=in_time))
 
 
 async def _go_on(running: Running, *, runs: bool, deadline: Deadline) -> None:

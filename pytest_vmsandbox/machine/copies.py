@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from contextlib import closing
 from typing import TYPE_CHECKING, Self
@@ -131,7 +130,7 @@ class Copies(Power):
                 async with self._in_time(deadline, "the answers of its twins"):
                     await nursery.boot(twins)
             except BaseException:
-                await to_its_end(asyncio.create_task(nursery.end(twins)))
+                await to_its_end(nursery.end(twins))
                 raise
         return twins
 

@@ -17,6 +17,7 @@ from typing import TypeAlias
 from pytest_vmsandbox.deadline import Deadline
 from pytest_vmsandbox.errors import VmSandboxError
 from pytest_vmsandbox.host.spare import idle_processors, spare_memory_bytes
+from pytest_vmsandbox.jail.off_loop import to_its_end
 from pytest_vmsandbox.machine.controller import MachineController
 from pytest_vmsandbox.machine.spec import MachineSpec
 
@@ -199,6 +200,6 @@ async def _is_well(machine: MachineController) -> bool:
 
 async def _end(machine: MachineController) -> None:
     try:
-        await asyncio.shield(machine.close())
+        await to_its_end(machine.close())
     except Exception:  # noqa: BLE001 - no test has asked for it; the end of the run tells what is left
         _log.debug("%s did not end in good order", machine.name, exc_info=True)

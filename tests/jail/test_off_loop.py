@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 
 import pytest
 
-from pytest_vmsandbox.jail.off_loop import GivenUp, off_loop, run_stoppable
+from pytest_vmsandbox.jail.off_loop import GivenUp, off_loop, run_stoppable, to_its_end
 
 
 class Door:
@@ -134,3 +134,26 @@ async def test_work_that_can_stop_is_told_and_waited_for(outcome: type[GivenUp] 
 
 async def test_work_that_nobody_stops_gives_its_result() -> None:
     assert await run_stoppable(lambda stop: stop.is_set()) is False
+
+
+async def test_a_coroutine_goes_on_to_its_end_whoever_is_cancelled() -> None:
+    may_end = asyncio.Event()
+    ended: list[bool] = []
+
+    async def work() -> str:
+        await may_end.wait()
+        ended.append(True)
+        return "done"
+
+    waiting = asyncio.create_task(to_its_end(work()))
+    for _ in range(3):
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.sleep(0)
+        assert not waiting.done()
+    may_end.set()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+
+    assert ended == [True]
+    assert await to_its_end(work()) == "done"
