@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import os
 
 from pytest_vmsandbox.errors import VmSandboxError
+from pytest_vmsandbox.machine.sparse import next_data
 from pytest_vmsandbox.vmm.disk import DiskFormat
 from pytest_vmsandbox.vmm.qcow2 import is_empty, read_header
 
@@ -41,10 +41,4 @@ def is_untouched(file: int, *, form: DiskFormat, size: int) -> bool:
     """Whether nothing was ever written to this uppermost layer: all shows through from below."""
     if form is DiskFormat.QCOW2:
         return is_empty(file, size=size)
-    try:
-        os.lseek(file, 0, os.SEEK_DATA)
-    except OSError as error:
-        if error.errno == errno.ENXIO:  # it is one hole
-            return True
-        raise
-    return False
+    return next_data(file, 0) is None

@@ -56,6 +56,16 @@ def clone(source: int, target: int, *, stop: threading.Event | None = None) -> N
             _copy_extent(source, target, start, end, stop)
 
 
+def next_data(source: int, offset: int) -> int | None:
+    """Where data begins, at `offset` or behind it; None where there is none any more (lseek(2))."""
+    try:
+        return os.lseek(source, offset, os.SEEK_DATA)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            return None
+        raise
+
+
 def _copy_extent(
     source: int, target: int, start: int, end: int, stop: threading.Event | None
 ) -> None:
@@ -83,13 +93,7 @@ def _copy_piece(source: int, target: int, at: int, count: int) -> int:
 def _extents(source: int, size: int) -> Iterator[tuple[int, int]]:
     """Where it has data, from and to; all else are holes."""
     end = 0
-    while end < size:
-        try:
-            start = os.lseek(source, end, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno == errno.ENXIO:  # there is none behind it
-                return
-            raise
+    while end < size and (start := next_data(source, end)) is not None:
         end = os.lseek(source, start, os.SEEK_HOLE)
         yield start, end
 
@@ -108,13 +112,7 @@ def _write_pages(target: int, part: bytes, offset: int) -> None:
 def _written_chunks(source: int) -> Iterator[tuple[int, bytes]]:
     """Where the chunks begin that are not all zero, and their content."""
     offset = 0
-    while True:
-        try:
-            data = os.lseek(source, offset, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno == errno.ENXIO:  # there is none behind it
-                return
-            raise
+    while (data := next_data(source, offset)) is not None:
         offset = data - data % CHUNK_BYTES
         part = os.pread(source, CHUNK_BYTES, offset)
         if part != ZEROS[: len(part)]:
