@@ -27,14 +27,10 @@ def check_layer(file: int, name: str, *, form: DiskFormat, size: int | None = No
     header = read_header(file)
     if header is None:
         raise LayerRefused(f"{name}: it is no qcow2 image any more")
-    for wrong, what in (
-        (header.has_backing_file, "names a backing file"),
-        (header.has_data_file, "keeps its data in another file"),
-        (header.encrypted, "is encrypted"),
-        (size is not None and header.size != size, f"is of a disk of {header.size} bytes"),
-    ):
-        if wrong:
-            raise LayerRefused(f"{name}: it {what}, which no layer of ours does")
+    if header.objection:
+        raise LayerRefused(f"{name}: it {header.objection}, unlike any layer of ours")
+    if size is not None and header.size != size:
+        raise LayerRefused(f"{name}: it is of a disk of {header.size} bytes, and not {size}")
 
 
 def is_untouched(file: int, *, form: DiskFormat, size: int) -> bool:

@@ -97,17 +97,11 @@ def _size_of_qcow2(image: OwnedFd, path: Path) -> int:
     header = read_header(image)
     if header is None:
         raise RequestInvalid(f"source={str(path)!r} is no qcow2 image, or is cut off")
-    # QEMU has no way behind its walls to another file, and an image may come from anywhere.
-    for found, what in (
-        (header.has_backing_file, "has a backing file"),
-        (header.has_data_file, "keeps its data in another file"),
-        (header.encrypted, "is encrypted"),
-    ):
-        if found:
-            raise RequestInvalid(
-                f"source={str(path)!r} {what}",
-                f"an image of its own: qemu-img convert -O qcow2 {path} whole.qcow2",
-            )
+    if header.objection:
+        raise RequestInvalid(
+            f"source={str(path)!r} {header.objection}",
+            f"an image of its own: qemu-img convert -O qcow2 {path} whole.qcow2",
+        )
     return header.size
 
 

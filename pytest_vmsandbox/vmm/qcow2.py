@@ -34,6 +34,18 @@ class Qcow2Header:
     has_backing_file: bool
     has_data_file: bool
 
+    @property
+    def objection(self) -> str | None:
+        """Why no VMM of ours gets it, as what it does; None where nothing is against it.
+
+        QEMU has no way behind its walls to another file, and an image may come from anywhere.
+        """
+        if self.has_backing_file:
+            return "has a backing file"
+        if self.has_data_file:
+            return "keeps its data in another file"
+        return "is encrypted" if self.encrypted else None
+
 
 def read_header(descriptor: int) -> Qcow2Header | None:
     """The header of an image; None where it is none that is known."""
