@@ -6,10 +6,11 @@ import errno
 import os
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 from pytest_vmsandbox.errors import RequestInvalid
 from pytest_vmsandbox.linux import OwnedFd
@@ -25,6 +26,8 @@ from pytest_vmsandbox.vmm.qcow2 import write_empty
 READ_ONLY = 0o444
 # A warden takes 64 descriptors for a VMM; what is not for disks is far less than the rest.
 FILES_AT_MOST = 48
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,7 +153,7 @@ def new_directory(*, beside: Path) -> Path:
 def _open(plan: DiskPlan, directory: Path, undo: ExitStack) -> DiskStack:
     layers: tuple[Layer, ...] = plan.below
     if not plan.read_only:
-        below = (*_adopt(plan, directory), *plan.below)
+        below = (*_linked(plan.serial, plan.frozen, directory), *plan.below)
         form = DiskFormat.QCOW2 if below else DiskFormat.RAW
         top = undo.enter_context(new_file(directory / f"{plan.serial}.written"))
         if form is DiskFormat.RAW:
@@ -161,15 +164,14 @@ def _open(plan: DiskPlan, directory: Path, undo: ExitStack) -> DiskStack:
     return DiskStack(serial=plan.serial, size=plan.size, layers=layers, read_only=plan.read_only)
 
 
-def _adopt(plan: DiskPlan, directory: Path) -> tuple[Layer, ...]:
-    """The frozen layers of a disk by names of our own, so that they last as long as we do."""
-    return _linked(plan.serial, plan.frozen, directory)
+def files_of(serial: str, layers: Iterable[T]) -> Iterator[tuple[str, T]]:
+    """Layers of a disk, each with what its file is called: SERIAL.0 is the uppermost."""
+    return ((f"{serial}.{number}", layer) for number, layer in enumerate(layers))
 
 
 def _linked(serial: str, layers: Sequence[Layer], directory: Path) -> tuple[Layer, ...]:
-    return tuple(
-        _named(layer, directory / f"{serial}.{number}") for number, layer in enumerate(layers)
-    )
+    """The layers of a disk by names of our own, so that they last as long as we do."""
+    return tuple(_named(layer, directory / name) for name, layer in files_of(serial, layers))
 
 
 def _named(layer: Layer, name: Path) -> Layer:
@@ -219,7 +221,7 @@ def _freeze(
 ) -> tuple[Layer, ...]:
     written = stack.layers[0]
     # By our names: those under which we were given them may be gone.
-    below = _adopt(replace(plan, frozen=stack.layers[1 : 1 + len(plan.frozen)]), directory)
+    below = _linked(plan.serial, stack.layers[1 : 1 + len(plan.frozen)], directory)
     path = directory / f"{plan.serial}.frozen"
     with _reopened(written) as top:
         if is_untouched(top, form=written.format, size=plan.size):

@@ -7,7 +7,7 @@ not among them: that it is still the same is a matter of the recipe.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from pytest_vmsandbox.machine.disk_layer import LayerRefused, check_layer
 from pytest_vmsandbox.machine.disks import (
     READ_ONLY,
     FrozenDisks,
+    files_of,
     keep,
     new_directory,
     new_file,
@@ -45,9 +46,7 @@ class DisksDamaged(Exception):
 def save_disks(disks: FrozenDisks, directory: Path) -> SavedDisks:
     """Copy the layers to new files in a directory of ours."""
     return {
-        serial: tuple(
-            _save(layer, directory / f"{serial}.{number}") for number, layer in enumerate(layers)
-        )
+        serial: tuple(_save(layer, directory / name) for name, layer in files_of(serial, layers))
         for serial, layers in disks.layers.items()
     }
 
@@ -65,7 +64,7 @@ def load_disks(saved: SavedDisks, directory: Path, *, room: Path) -> FrozenDisks
         layers = {
             serial: tuple(
                 _load(layer, directory / name, kept / name)
-                for name, layer in _files_of(serial, layers)
+                for name, layer in files_of(serial, layers)
             )
             for serial, layers in saved.items()
         }
@@ -78,7 +77,7 @@ def load_disks(saved: SavedDisks, directory: Path, *, room: Path) -> FrozenDisks
 def check_disks(saved: SavedDisks, directory: Path) -> None:
     """Compare every byte; raises what `load_disks` does."""
     for serial, layers in saved.items():
-        for name, layer in _files_of(serial, layers):
+        for name, layer in files_of(serial, layers):
             with _opened(directory / name) as file:
                 _check(layer, file, directory / name)
 
@@ -114,10 +113,6 @@ def _save(layer: Layer, path: Path) -> SavedLayer:
         digest = copy_sparse(source, copy)
         os.fchmod(copy, READ_ONLY)
     return SavedLayer(format=layer.format, bytes=size, sha256=digest)
-
-
-def _files_of(serial: str, layers: Sequence[SavedLayer]) -> Iterator[tuple[str, SavedLayer]]:
-    return ((f"{serial}.{number}", layer) for number, layer in enumerate(layers))
 
 
 def _load(saved: SavedLayer, path: Path, name: Path) -> Layer:
