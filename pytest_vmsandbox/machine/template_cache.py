@@ -114,7 +114,7 @@ class TemplateCache:
         """
         with ExitStack() as undo:
             try:
-                chain, locks = self._shared(recipe, undo)
+                chain, locks = self._chain_in_use(self._place(recipe.digest), undo)
                 for strange in filter(None, map(strange_in, chain)):
                     raise TemplateDamaged(f"{strange}: others may have written it")
                 manifest, frozen = load_template(chain, recipe, room=room)
@@ -227,11 +227,8 @@ class TemplateCache:
             return None
         return Making(self, staging, self._place(recipe.digest), lock)
 
-    def _shared(self, recipe: Recipe, undo: ExitStack) -> tuple[list[Path], list[OwnedFd]]:
-        """Where it and all that it stands on lie, and the locks of those who use them."""
-        return self._chain_in_use(self._place(recipe.digest), undo)
-
     def _chain_in_use(self, place: Path, undo: ExitStack) -> tuple[list[Path], list[OwnedFd]]:
+        """Where it and all that it stands on lie, and the locks of those who use them."""
         if not is_shelf(self.directory):
             raise FileNotFoundError(self.directory)
         with changing(self.directory):
