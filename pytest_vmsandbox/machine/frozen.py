@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 from pytest_vmsandbox.linux import OwnedFd
@@ -28,17 +29,12 @@ class Frozen:
 
     def copy(self) -> Frozen:
         """The same once more, to be closed on its own."""
-        memory = GuestMemory(os.dup(self.memory))
-        try:
-            state = OwnedFd(os.dup(self.state))
-            try:
-                return replace(self, memory=memory, state=state, disks=self.disks.copy())
-            except BaseException:
-                state.close()
-                raise
-        except BaseException:
-            memory.close()
-            raise
+        with ExitStack() as undo:
+            memory = undo.enter_context(GuestMemory(os.dup(self.memory)))
+            state = undo.enter_context(OwnedFd(os.dup(self.state)))
+            copy = replace(self, memory=memory, state=state, disks=self.disks.copy())
+            undo.pop_all()
+            return copy
 
     def open_state(self) -> OwnedFd:
         """The state from its beginning: whoever reads it moves no one else's place in it."""

@@ -14,7 +14,8 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -215,28 +216,21 @@ def load_template(chain: Sequence[Path], recipe: Recipe, *, room: Path) -> tuple
     top = manifests[0]
     if top.digest != recipe.digest:
         raise TemplateDamaged(f"{chain[0]}: it was made of something else")
-    memory = new_memory("vmsandbox-memory", size=top.memory_bytes)
-    try:
-        for directory, manifest in reversed(list(zip(chain, manifests, strict=True))):
-            if load_memory(directory, memory) != manifest.memory_sha256:
-                raise TemplateDamaged(f"{directory}: its memory is not what its manifest says")
-        memory.seal()
-        state, console = _state(chain[0], top), _console(chain[0], top)
-        disks = load_disks(top.disks, chain[0], room=room)
-        try:
-            return top, Frozen(
+    with ExitStack() as undo:
+        memory = undo.enter_context(new_memory("vmsandbox-memory", size=top.memory_bytes))
+        with _telling_damage():
+            for directory, manifest in reversed(list(zip(chain, manifests, strict=True))):
+                if load_memory(directory, memory) != manifest.memory_sha256:
+                    raise TemplateDamaged(f"{directory}: its memory is not what its manifest says")
+            memory.seal()
+            state, console = _state(chain[0], top), _console(chain[0], top)
+            disks = load_disks(top.disks, chain[0], room=room)
+            undo.callback(disks.close)
+            frozen = Frozen(
                 nonce=top.nonce, memory=memory, disks=disks, state=state_of(state), console=console
             )
-        except BaseException:
-            disks.close()
-            raise
-    except (OSError, MemoryDamaged, DisksDamaged) as error:
-        memory.close()
-        _require_damage(error)
-        raise TemplateDamaged(str(error)) from error
-    except BaseException:
-        memory.close()
-        raise
+        undo.pop_all()
+        return top, frozen
 
 
 def check_template(chain: Sequence[Path], *, every_byte: bool = True) -> None:
@@ -247,15 +241,12 @@ def check_template(chain: Sequence[Path], *, every_byte: bool = True) -> None:
     top = read_chain(chain)[0]
     if not every_byte:
         return
-    try:
+    with _telling_damage():
         if hash_memory(chain[0], size=top.memory_bytes) != top.memory_sha256:
             raise TemplateDamaged(f"{chain[0]}: its memory is not what its manifest says")
         _state(chain[0], top)
         _console(chain[0], top)
         check_disks(top.disks, chain[0])
-    except (OSError, MemoryDamaged, DisksDamaged) as error:
-        _require_damage(error)
-        raise TemplateDamaged(str(error)) from error
 
 
 def read_chain(chain: Sequence[Path]) -> list[Manifest]:
@@ -266,6 +257,16 @@ def read_chain(chain: Sequence[Path]) -> list[Manifest]:
         if manifest.base != stands_on or (below and below.memory_bytes != manifest.memory_bytes):
             raise TemplateDamaged(f"{directory}: what it was made on is there no more")
     return manifests
+
+
+@contextmanager
+def _telling_damage() -> Iterator[None]:
+    """What can't be read in the block, or is not what it should be, makes a template damaged."""
+    try:
+        yield
+    except (OSError, MemoryDamaged, DisksDamaged) as error:
+        _require_damage(error)
+        raise TemplateDamaged(str(error)) from error
 
 
 def _require_damage(error: Exception) -> None:
