@@ -5,8 +5,9 @@ Those of our own group count, and those of all above it that we can see (cgroups
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from pytest_vmsandbox.linux import MountInfo, own_and_above, read_mountinfo, read_own_groups
@@ -72,16 +73,32 @@ def processor_limit(
 
 def _groups(
     controller: str, membership: Path, mounts: Sequence[MountInfo] | None
-) -> Iterator[tuple[Path, int]]:
+) -> Sequence[tuple[Path, int]]:
     """The directories of our groups, the innermost first, and of which version they are."""
-    mounts = read_mountinfo() if mounts is None else mounts
     own = read_own_groups(membership)
-    for version, fs_type, name in ((1, "cgroup", controller), (2, "cgroup2", "")):
-        for mounted in mounts:
-            is_it = mounted.fs_type == fs_type and (not name or name in mounted.super_options)
-            if is_it and name in own:
-                yield from ((group, version) for group in own_and_above(mounted, own[name]))
-                break
+    names = ((version, own[name]) for version, name in ((1, controller), (2, "")) if name in own)
+    return _directories(controller, tuple(names), None if mounts is None else tuple(mounts))
+
+
+# Looked for once for each group that we are in: whoever waits for what there is to spare asks every
+# few milliseconds, and to read the mount table costs more than all the rest.
+@lru_cache(maxsize=8)
+def _directories(
+    controller: str, own: Sequence[tuple[int, str]], mounts: Sequence[MountInfo] | None
+) -> Sequence[tuple[Path, int]]:
+    mounts = read_mountinfo() if mounts is None else mounts
+    found: list[tuple[Path, int]] = []
+    for version, group in own:
+        ours = (mounted for mounted in mounts if _has(mounted, controller, version))
+        if (mounted := next(ours, None)) is not None:
+            found.extend((place, version) for place in own_and_above(mounted, group))
+    return tuple(found)
+
+
+def _has(mounted: MountInfo, controller: str, version: int) -> bool:
+    if version == 1:
+        return mounted.fs_type == "cgroup" and controller in mounted.super_options
+    return mounted.fs_type == "cgroup2"
 
 
 def _word(file: Path) -> list[str] | None:

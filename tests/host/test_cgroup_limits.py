@@ -82,6 +82,22 @@ def test_in_a_container_the_group_is_what_is_mounted(tmp_path: Path, path: str) 
     ]
 
 
+def test_what_changes_is_seen_at_the_next_look(tmp_path: Path) -> None:
+    top = tmp_path / "top"
+    group(top / "a", memory__max="1000", memory__current="10", memory__stat="inactive_file 0")
+    group(top / "b", memory__max="5000", memory__current="20", memory__stat="inactive_file 0")
+    mounts = [mounted(top, "cgroup2")]
+
+    def limits(path: str) -> list[int]:
+        seen = memory_limits(membership=member(tmp_path, f"0::{path}"), mounts=mounts)
+        return [one.limit for one in seen]
+
+    assert limits("/a") == [1000]
+    group(top / "a", memory__max="500")
+    assert limits("/a") == [500]
+    assert limits("/b") == [5000]
+
+
 def test_without_control_groups_nothing_is_limited(tmp_path: Path) -> None:
     seen = member(tmp_path, "0::/")
 
