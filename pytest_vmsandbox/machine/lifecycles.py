@@ -40,7 +40,8 @@ class Lifecycles:
             if not demanded and not await self._pays(build, recipe):
                 return build
             try:
-                return build.restored_from(await self._templates.frozen(build))
+                template = await self._templates.booted(build, recipe)
+                return build.restored_from(template.frozen)
             except _CAN_NOT_BE_MADE as error:
                 self._given_up[recipe.digest] = error
                 self._told.append(f"booted each time, not restored: {recipe.title}: {_why(error)}")

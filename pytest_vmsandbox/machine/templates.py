@@ -8,7 +8,7 @@ import shlex
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from pytest_vmsandbox.deadline import Deadline
@@ -50,16 +50,12 @@ class Templates:
         self._finding = asyncio.Lock()
         self.incidents: list[str] = []
 
-    async def frozen(self, build: Build) -> Frozen:
-        """What a machine of that build is restored from; it is made if it is nowhere yet.
+    async def booted(self, build: Build, recipe: Recipe) -> Kept:
+        """The template of a machine that was booted and nothing else; made if it is nowhere yet.
 
-        `build` is the machine's own: the template is booted in its directory, in its tier.
+        `build` is the machine's own, and `recipe` is that of it: the template is booted in its
+        directory, in its tier.
         """
-        return (await self.booted(build)).frozen
-
-    async def booted(self, build: Build) -> Kept:
-        """The template of a machine that was booted and nothing else."""
-        recipe = recipe_of(build)
         async with self._finding:
             if found := await self.find(recipe):
                 return found
@@ -80,7 +76,7 @@ class Templates:
         Raises RequestInvalid where the template is of another machine than `build`, or is gone.
         """
         if template is None:
-            return await self.booted(build)
+            return await self.booted(build, recipe_of(build))
         require_made_of(build, template)
         if (found := await self.find(template.recipe)) is None:
             raise RequestInvalid(f"{template!r} is gone", "call vm_templates.build() again")
@@ -264,6 +260,7 @@ def _version_of(file: Path) -> str:
     return f"{seen.st_size} {seen.st_mtime_ns}"
 
 
+@cache
 def _processor() -> str:
     """The host's processor, which KVM shows to the guest (-cpu host), and the KVM that does so."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -273,6 +270,7 @@ def _processor() -> str:
     )
 
 
+@cache
 def _clock() -> str:
     """What an emulated guest has measured its clock by: the host's processor, and its TSC."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
