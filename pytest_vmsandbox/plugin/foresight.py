@@ -26,12 +26,12 @@ def remember_next(item: pytest.Item, nextitem: pytest.Item | None) -> None:
 
 
 def foresee(item: pytest.Item) -> None:
-    """Tell the worker, if there is one yet, what the test after `item` will want.
+    """Tell the worker what the test after `item` will want, if there is one that starts ahead.
 
     A guess: one that is wrong costs spare time of a processor, and nothing else.
     """
     worker = started_worker(item.config)
-    if worker is not None:
+    if worker is not None and worker.settings.pool:
         worker.engine.run(worker.foresee(_spec_of_next(item)))
 
 
