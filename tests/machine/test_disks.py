@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import shlex
 import shutil
 import subprocess
-import sys
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +24,7 @@ from pytest_vmsandbox.machine.controller import MachineController
 from pytest_vmsandbox.machine.disk import DISKS_AT_MOST
 from pytest_vmsandbox.machine.spec import MachineSpec
 from pytest_vmsandbox.machine.worker import Worker
+from tests.machine.conftest import SmallHost
 
 pytestmark = pytest.mark.machine
 
@@ -220,24 +219,10 @@ def test_it(vm):
 
 
 @pytest.mark.vm_requires("user_namespaces")
-def test_a_full_host_stops_the_guest_and_says_so(tmp_path: Path, scratch: Path) -> None:
-    (tmp_path / "test_full.py").write_text(FULL)
-    run = scratch / "run"
-    run.mkdir(mode=0o700)
-    pytest_ = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--vm-tier=bare"]
-    mounted = f"mount -t tmpfs -o size=4m,mode=700 none {run} && exec " + shlex.join(
-        [*pytest_, f"--vm-run-dir={run}", str(tmp_path / "test_full.py")]
-    )
+def test_a_full_host_stops_the_guest_and_says_so(small_host: SmallHost) -> None:
+    told = small_host(FULL, room_mib=4)
 
-    done = subprocess.run(
-        ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mounted],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-
-    assert "1 passed" in done.stdout, done.stdout + done.stderr
+    assert "1 passed" in told, told
 
 
 def test_a_source_is_for_a_vmm_that_may_read_it(vm_factory: MachineFactory, source: Path) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from pytest_vmsandbox import Disk, Machine, MachineFactory
+from tests.machine.conftest import SmallHost
 from tests.machine.test_disks import DISK1, _digest, _line, _write
 
 pytestmark = pytest.mark.machine
@@ -89,22 +87,8 @@ def test_it(vm):
 
 @pytest.mark.vm_requires("user_namespaces")
 def test_a_host_without_room_for_a_copy_says_so_and_the_guest_goes_on(
-    tmp_path: Path, scratch: Path
+    small_host: SmallHost,
 ) -> None:
-    (tmp_path / "test_full.py").write_text(FULL)
-    run = scratch / "run"
-    run.mkdir(mode=0o700)
-    pytest_ = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--vm-tier=bare"]
-    mounted = f"mount -t tmpfs -o size=10m,mode=700 none {run} && exec " + shlex.join(
-        [*pytest_, f"--vm-run-dir={run}", str(tmp_path / "test_full.py")]
-    )
+    told = small_host(FULL, room_mib=10)
 
-    done = subprocess.run(
-        ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mounted],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-
-    assert "1 passed" in done.stdout, done.stdout + done.stderr
+    assert "1 passed" in told, told

@@ -71,6 +71,14 @@ def foresee(worker: Worker, spec: MachineSpec | None = SPEC) -> None:
     worker.engine.run(worker.foresee(spec))
 
 
+async def begun(worker: Worker) -> MachineController:
+    """The machine ahead as soon as there is one, which is still being started."""
+    async with asyncio.timeout(SOON_S):
+        while worker._pool._ahead is None or worker._pool._ahead._machine is None:
+            await asyncio.sleep(0)
+    return worker._pool._ahead._machine
+
+
 def lives(identity: ProcessIdentity) -> bool:
     return identity.is_alive()
 
@@ -224,13 +232,8 @@ def test_a_machine_that_died_while_it_waited_is_not_given(worker: Worker) -> Non
 def test_one_that_is_being_started_is_waited_for(worker: Worker) -> None:
     make(worker)
     foresee(worker)
+    worker.engine.run(begun(worker))
 
-    async def begun() -> None:
-        async with asyncio.timeout(SOON_S):
-            while worker._pool._ahead is None or worker._pool._ahead._machine is None:
-                await asyncio.sleep(0)
-
-    worker.engine.run(begun())
     assert make(worker).timings.from_pool
 
 
@@ -262,21 +265,18 @@ def test_who_is_cancelled_while_one_is_being_started_leaves_no_machine(worker: W
     foresee(worker)
 
     async def cancelled() -> MachineController:
-        async with asyncio.timeout(SOON_S):
-            while worker._pool._ahead is None or worker._pool._ahead._machine is None:
-                await asyncio.sleep(0)
-        begun = worker._pool._ahead._machine
+        machine = await begun(worker)
         taking = asyncio.create_task(worker._pool.take(SPEC))
         await asyncio.sleep(0)
         taking.cancel()
         with pytest.raises(asyncio.CancelledError):
             await taking
         await worker._pool.close()
-        return begun
+        return machine
 
-    begun = worker.engine.run(cancelled())
-    assert not begun.is_on
-    assert not begun.build.config.directory.exists()
+    machine = worker.engine.run(cancelled())
+    assert not machine.is_on
+    assert not machine.build.config.directory.exists()
 
 
 def test_the_clock_is_right_in_a_machine_that_stood_still_while_it_waited(worker: Worker) -> None:
