@@ -16,7 +16,7 @@ import pytest
 
 from pytest_vmsandbox.deadline import Deadline
 from pytest_vmsandbox.errors import ChannelLost
-from pytest_vmsandbox.guest.channel import Channel, open_channel
+from pytest_vmsandbox.guest.channel import NOBODY, Channel, open_channel
 from pytest_vmsandbox.guest.frames import FrameType, encode_frame
 from pytest_vmsandbox.guest.messages import PROTOCOL_VERSION, ExecRequest, Identity
 from pytest_vmsandbox.guest.payload import encode_text
@@ -67,16 +67,27 @@ class Guest:
 
 
 @asynccontextmanager
-async def opened() -> AsyncIterator[tuple[Channel, Guest]]:
-    """A channel whose guest has said hello."""
+async def opening(
+    *, identity: Identity = NOBODY
+) -> AsyncIterator[tuple[asyncio.Task[Channel], Guest, bytes]]:
+    """A channel that is being opened, its guest, and the token that it has to repeat."""
     ours, theirs = socket.socketpair()
     guest = Guest(theirs)
     with theirs:
-        opening = asyncio.create_task(
-            open_channel(ours, name="vm", nonce="n", deadline=Deadline.after(seconds=20))
+        task = asyncio.create_task(
+            open_channel(
+                ours, name="vm", nonce="n", identity=identity, deadline=Deadline.after(seconds=20)
+            )
         )
-        await guest.say(welcome((await guest.hear())[16:32]))
-        channel = await opening
+        yield task, guest, (await guest.hear())[16:32]
+
+
+@asynccontextmanager
+async def opened() -> AsyncIterator[tuple[Channel, Guest]]:
+    """A channel whose guest has said hello."""
+    async with opening() as (task, guest, token):
+        await guest.say(welcome(token))
+        channel = await task
         try:
             yield channel, guest
         finally:
@@ -143,15 +154,9 @@ async def test_a_lie_ends_the_channel_with_its_reason(lie: str) -> None:
 
 
 async def test_the_same_welcome_again_is_no_lie() -> None:
-    ours, theirs = socket.socketpair()
-    guest = Guest(theirs)
-    with theirs:
-        opening = asyncio.create_task(
-            open_channel(ours, name="vm", nonce="n", deadline=Deadline.after(seconds=20))
-        )
-        token = (await guest.hear())[16:32]
+    async with opening() as (task, guest, token):
         await guest.say(welcome(token) * 3)
-        channel = await opening
+        channel = await task
         pinging = asyncio.create_task(channel.ping(deadline=Deadline.after(seconds=20)))
         request = await guest.hear()
         await guest.say(frame(FrameType.DONE, id_=struct.unpack_from("<I", request, 8)[0]))
@@ -161,27 +166,17 @@ async def test_the_same_welcome_again_is_no_lie() -> None:
 
 
 async def test_another_protocol_is_refused_in_words() -> None:
-    ours, theirs = socket.socketpair()
-    guest = Guest(theirs)
-    with theirs:
-        opening = asyncio.create_task(
-            open_channel(ours, name="vm", nonce="n", deadline=Deadline.after(seconds=20))
-        )
-        await guest.say(welcome((await guest.hear())[16:32], protocol=1))
+    async with opening() as (task, guest, token):
+        await guest.say(welcome(token, protocol=1))
         with pytest.raises(ChannelLost, match="protocol 1"):
-            await opening
+            await task
 
 
 async def test_a_refused_identity_is_an_error_of_the_guest() -> None:
-    ours, theirs = socket.socketpair()
-    guest = Guest(theirs)
-    with theirs:
-        opening = asyncio.create_task(
-            open_channel(ours, name="vm", nonce="n", deadline=Deadline.after(seconds=20))
-        )
-        await guest.say(welcome((await guest.hear())[16:32], refused=22))
+    async with opening() as (task, guest, token):
+        await guest.say(welcome(token, refused=22))
         with pytest.raises(OSError, match=r"Invalid argument.*hostname"):
-            await opening
+            await task
 
 
 @pytest.mark.parametrize(
@@ -195,32 +190,16 @@ async def test_a_refused_identity_is_an_error_of_the_guest() -> None:
 async def test_a_guest_that_is_not_what_it_was_made_is_refused_in_words(
     says: dict[str, str], words: str
 ) -> None:
-    ours, theirs = socket.socketpair()
-    guest = Guest(theirs)
-    with theirs:
-        opening = asyncio.create_task(
-            open_channel(
-                ours,
-                name="vm",
-                nonce="n",
-                identity=Identity(restore_id="r-1", hostname="web-1"),
-                deadline=Deadline.after(seconds=20),
-            )
-        )
-        await guest.say(welcome((await guest.hear())[16:32], **says))  # type: ignore[arg-type]
+    given = Identity(restore_id="r-1", hostname="web-1")
+    async with opening(identity=given) as (task, guest, token):
+        await guest.say(welcome(token, **says))  # type: ignore[arg-type]
         with pytest.raises(ChannelLost, match=words):
-            await opening
+            await task
 
 
 async def test_endless_noise_before_the_hello_costs_no_memory() -> None:
-    ours, theirs = socket.socketpair()
-    guest = Guest(theirs)
     noise = os.urandom(65536)
-    with theirs:
-        opening = asyncio.create_task(
-            open_channel(ours, name="vm", nonce="n", deadline=Deadline.after(seconds=20))
-        )
-        token = (await guest.hear())[16:32]
+    async with opening() as (task, guest, token):
         tracemalloc.start()
         before = tracemalloc.get_traced_memory()[0]
         for _ in range(300):
@@ -230,7 +209,7 @@ async def test_endless_noise_before_the_hello_costs_no_memory() -> None:
         await guest.say(welcome(token))
 
         assert grown < 1_000_000
-        await (await opening).close()
+        await (await task).close()
 
 
 async def test_an_unread_stream_is_kept_only_up_to_its_window() -> None:
