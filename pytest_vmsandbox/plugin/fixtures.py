@@ -234,11 +234,11 @@ class _Machines:
         return self
 
     def _end(self, twin: Held) -> None:
-        twin.ended = True
+        twin.end()
         self._held.remove(twin)
         self.engine.run(self._worker.end([twin.machine]))
 
     def __exit__(self, *_: object) -> None:
         for held in self._held:
-            held.ended = True
+            held.end()
         self.engine.run(self._worker.end([held.machine for held in self._held]))
