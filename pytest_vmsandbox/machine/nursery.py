@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Container, Sequence
 from dataclasses import replace
 from itertools import count as count_from
@@ -35,7 +34,7 @@ class WorkerNursery:
             while len(made) < count:
                 made.append(await self._twin(build, frozen))
         except BaseException:
-            await to_its_end(asyncio.create_task(self.end(made)))
+            await to_its_end(self.end(made))
             raise
         return made
 

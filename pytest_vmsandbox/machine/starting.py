@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
@@ -61,7 +60,7 @@ async def open_running(
 
 async def _close(running: Running) -> None:
     """Close it to the last line, however often whoever gives it up is cancelled."""
-    await to_its_end(asyncio.create_task(running.close()))
+    await to_its_end(running.close())
 
 
 async def _booting(step: Coroutine[Any, Any, None], running: Running) -> None:

@@ -164,7 +164,7 @@ class PluggedWires:
                 yield cards
             finally:
                 self._channel = None
-                await to_its_end(asyncio.create_task(self._unplug(plugged)))
+                await to_its_end(self._unplug(plugged))
 
     async def furnish(self, channel: Channel) -> None:
         """Part of Wires: addresses, and the names of all who are on the same networks.

@@ -66,8 +66,7 @@ class WorkerSettings:
 
     `required` are capabilities that no machine may do without, though it asked for `auto`: with
     `jail` among them none runs in the tier bare, with `kvm` none is emulated. Without `pool`
-    none is
-    started before it is asked for.
+    none is started before it is asked for.
     """
 
     cache_dir: Path
