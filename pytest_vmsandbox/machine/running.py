@@ -245,20 +245,9 @@ class Running:
         """Let the guest run and wait for its agent's hello."""
         await self.qmp.execute("cont", deadline=deadline)
         stall = self._spawn(self._watch_stall())
-        order = self.order
-        self._channel = await self.unless_it_fails(
-            open_channel(
-                self._agent,
-                name=order.config.name,
-                nonce=order.nonce,
-                identity=Identity(hostname=order.config.name),
-                deadline=deadline,
-                silence_s=order.silence_s,
-            )
-        )
-        self._channel.on_lost = self._channel_lost
+        await self._open_channel(Identity(hostname=self.order.config.name), deadline=deadline)
         stall.cancel()
-        await self._by(deadline, "a guest that has its addresses", order.furnish(self._channel))
+        await self._furnish(deadline=deadline)
         self._answering.set()
 
     async def load(self, frozen: Frozen, *, deadline: Deadline) -> None:
@@ -277,21 +266,13 @@ class Running:
 
     async def individualize(self, frozen: Frozen, *, deadline: Deadline) -> None:
         """Make the guest that was loaded, and runs, a machine of its own."""
-        order = self.order
-        self._channel = await self.unless_it_fails(
-            open_channel(
-                self._agent,
-                name=order.config.name,
-                nonce=order.nonce,
-                identity=order.new_identity(),
-                keep_processes=True,
-                used_before=frozen.stands_still,
-                deadline=deadline,
-                silence_s=order.silence_s,
-            )
+        await self._open_channel(
+            self.order.new_identity(),
+            keep_processes=True,
+            used_before=frozen.stands_still,
+            deadline=deadline,
         )
-        self._channel.on_lost = self._channel_lost
-        await self._by(deadline, "a guest that has its addresses", order.furnish(self._channel))
+        await self._furnish(deadline=deadline)
         self._answering.set()
 
     async def refresh(self, *, deadline: Deadline) -> None:
@@ -406,14 +387,41 @@ class Running:
         said = next((line for line in lines if "Kernel panic" in line), "the kernel panicked")
         self.fail(self.failed(GuestPanicked, said.strip()))
 
+    async def _open_channel(
+        self,
+        identity: Identity,
+        *,
+        deadline: Deadline,
+        keep_processes: bool = False,
+        used_before: bool = False,
+    ) -> None:
+        """Wait for the agent's hello; from then on the loss of its line is a failure."""
+        order = self.order
+        self._channel = await self.unless_it_fails(
+            open_channel(
+                self._agent,
+                name=order.config.name,
+                nonce=order.nonce,
+                identity=identity,
+                keep_processes=keep_processes,
+                used_before=used_before,
+                deadline=deadline,
+                silence_s=order.silence_s,
+            )
+        )
+        self._channel.on_lost = self._channel_lost
+
+    async def _furnish(self, *, deadline: Deadline) -> None:
+        furnishing = self.order.furnish(self.channel)
+        await self._by(deadline, "a guest that has its addresses", furnishing)
+
     async def _greet_again(self) -> None:
         order = self.order
         deadline = Deadline.after(seconds=order.boot_s)
         try:
             identity = Identity(hostname=order.config.name)
             await self.channel.handshake(nonce=order.nonce, identity=identity, deadline=deadline)
-            furnishing = order.furnish(self.channel)
-            await self._by(deadline, "a guest that has its addresses", furnishing)
+            await self._furnish(deadline=deadline)
         except (VmSandboxError, OSError) as error:
             self.fail(self.failed(BootFailed, f"after a reset: {error}"))
         else:
