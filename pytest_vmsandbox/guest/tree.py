@@ -76,10 +76,11 @@ def _packed(pieces: Iterator[bytes | memoryview]) -> Iterator[bytes | memoryview
     """Small pieces put together, so that a tree of small files does not become as many frames."""
     gathered = bytearray()
     for piece in pieces:
-        if len(gathered) + len(piece) > PAYLOAD_MAX:
+        large = len(piece) > PAYLOAD_MAX // 2
+        if gathered and (large or len(gathered) + len(piece) > PAYLOAD_MAX):
             yield bytes(gathered)
             gathered.clear()
-        if len(piece) > PAYLOAD_MAX // 2:
+        if large:
             yield piece
         else:
             gathered += piece

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import os
 import random
 import shutil
@@ -239,6 +240,38 @@ async def test_64_megabytes_go_there_and_back_equal(channel: Channel, place: Pat
     print(f"push {64 / (pushed - began):.0f} MiB/s, pull {64 / (pulled - pushed):.0f} MiB/s")  # noqa: T201 - shown with -s
 
     assert facts_of(place.parent / "back") == facts_of(source)
+
+
+# Around what is sent in one frame, and around half of that, above which nothing is put together.
+LENGTHS = (0, 1, 32_763, 32_764, 32_765, 33_265, 65_500, 65_508, 65_531, 65_532, 65_533, 98_301)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+async def test_a_file_of_any_length_goes_there_and_back_equal(
+    channel: Channel, place: Path, length: int
+) -> None:
+    source = place.parent / "source"
+    source.write_bytes(random.Random(length).randbytes(length))
+
+    await channel.push(source, str(place / "there"))
+    await channel.pull(str(place / "there"), place.parent / "back")
+
+    assert facts_of(place / "there") == facts_of(source)
+    assert facts_of(place.parent / "back") == facts_of(source)
+
+
+async def test_files_of_such_lengths_do_not_run_into_each_other_in_a_tree(
+    channel: Channel, place: Path
+) -> None:
+    source = place.parent / "source"
+    source.mkdir()
+    for number, (first, second) in enumerate(itertools.product(LENGTHS, repeat=2)):
+        (source / f"{number:03}-a").write_bytes(random.Random(number).randbytes(first))
+        (source / f"{number:03}-b").write_bytes(random.Random(-number).randbytes(second))
+
+    await channel.push(source, str(place / "there"))
+
+    assert facts_of(place / "there") == facts_of(source)
 
 
 async def test_a_pushed_file_replaces_one_that_was_there(channel: Channel, place: Path) -> None:
