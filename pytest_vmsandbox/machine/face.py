@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Mapping
 from functools import wraps
-from typing import Any, Concatenate, ParamSpec, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypedDict, TypeVar
 
+from pytest_vmsandbox.errors import RequestInvalid
 from pytest_vmsandbox.machine.build import MachineFacts
 from pytest_vmsandbox.machine.caller import Caller
 from pytest_vmsandbox.machine.console import Console
 from pytest_vmsandbox.machine.controller import MachineController
 from pytest_vmsandbox.machine.engine import Engine
 from pytest_vmsandbox.machine.timings import Timings
+
+if TYPE_CHECKING:
+    from pytest_vmsandbox.machine.testinfra_host import GuestHost
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -48,6 +52,7 @@ class Face:
         self._controller = controller
         self._engine = engine
         self._caller = Caller(controller, engine)
+        self._testinfra: GuestHost | None = None
 
     @property
     def name(self) -> str:
@@ -87,8 +92,33 @@ class Face:
         """What it cost so far, in seconds."""
         return self._controller.timings
 
+    @property
+    def testinfra(self) -> GuestHost:
+        """It as a pytest-testinfra `Host`, always the same one; takes the extra `testinfra`.
+
+        Commands go over the agent's line, as root. testinfra knows no `await`: the calls of this
+        `Host` block, those of an `AsyncMachine` too. RequestInvalid where it is not installed.
+        """
+        if self._testinfra is None:
+            self._testinfra = _make_testinfra_host(self._caller)
+        return self._testinfra
+
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.id}>"
+
+
+def _make_testinfra_host(caller: Caller) -> GuestHost:
+    try:
+        # Whoever does not use it need not have it, and does not pay for it.
+        from pytest_vmsandbox.machine.testinfra_host import make_host  # noqa: PLC0415
+    except ModuleNotFoundError as error:
+        if error.name != "testinfra":
+            raise
+        raise RequestInvalid(
+            "vm.testinfra takes pytest-testinfra, which is not installed",
+            "pip install 'pytest-vmsandbox[testinfra]'",
+        ) from error
+    return make_host(caller)
 
 
 class ConsoleFace:
