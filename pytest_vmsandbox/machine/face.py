@@ -112,7 +112,7 @@ def _make_testinfra_host(caller: Caller) -> GuestHost:
         # Whoever does not use it need not have it, and does not pay for it.
         from pytest_vmsandbox.machine.testinfra_host import make_host  # noqa: PLC0415
     except ModuleNotFoundError as error:
-        if error.name != "testinfra":
+        if (error.name or "").partition(".")[0] != "testinfra":
             raise
         raise RequestInvalid(
             "vm.testinfra takes pytest-testinfra, which is not installed",
