@@ -15,7 +15,7 @@ from pytest_vmsandbox.machine.engine import Engine
 from pytest_vmsandbox.machine.timings import Timings
 
 if TYPE_CHECKING:
-    from pytest_vmsandbox.machine.testinfra_host import GuestHost
+    from pytest_vmsandbox.machine.infra_host import GuestHost
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -110,7 +110,7 @@ class Face:
 def _make_testinfra_host(caller: Caller) -> GuestHost:
     try:
         # Whoever does not use it need not have it, and does not pay for it.
-        from pytest_vmsandbox.machine.testinfra_host import make_host  # noqa: PLC0415
+        from pytest_vmsandbox.machine.infra_host import make_host  # noqa: PLC0415
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "testinfra":
             raise

@@ -12,7 +12,7 @@ from testinfra.backend.base import BaseBackend, CommandResult
 from testinfra.host import Host
 
 from pytest_vmsandbox.machine.caller import Caller
-from pytest_vmsandbox.machine.testinfra_busybox import MODULES
+from pytest_vmsandbox.machine.infra_busybox import MODULES
 
 # What a shell says of a command that signal N ended, and so ssh and docker too: 128 + N.
 _SIGNALLED = 128
