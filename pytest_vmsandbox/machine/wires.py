@@ -14,6 +14,7 @@ from pytest_vmsandbox.errors import NetworkFailed, VmSandboxError
 from pytest_vmsandbox.guest.channel import Channel
 from pytest_vmsandbox.guest.messages import ExecRequest
 from pytest_vmsandbox.jail.off_loop import to_its_end
+from pytest_vmsandbox.machine.settings_file import read_settings, write_settings
 from pytest_vmsandbox.network.addresses import Address, placeholder_mac
 from pytest_vmsandbox.network.hosts import PATH, render_hosts
 from pytest_vmsandbox.vmm.launch import Wire as WireEnd
@@ -197,12 +198,8 @@ class PluggedWires:
             channel, members = self._channel, self._members()
             if channel is None or members == self._known:
                 return
-            try:
-                text = (await channel.read_file(PATH)).decode(errors="surrogateescape")
-            except FileNotFoundError:
-                text = ""
-            text = render_hosts(text, members)
-            await channel.write_file(PATH, text.encode(errors="surrogateescape"), mode=0o644)
+            text = render_hosts(await read_settings(channel, PATH), members)
+            await write_settings(channel, PATH, text)
             self._known = members
 
     async def meet(self) -> None:

@@ -37,3 +37,18 @@ def test_a_guest_that_can_not_have_an_identity_is_no_machine(
         vm_factory(template=template)
     assert caught.value.evidence.command_line
     assert caught.value.evidence.console_tail
+
+
+def test_machines_with_a_read_only_root_know_each_other_by_name(
+    vm_factory: MachineFactory, vm_templates: TemplateBuilder
+) -> None:
+    template = vm_templates.build(setup=read_only, name="read_only_on_lan", network="lan")
+    one = vm_factory(template=template, network="lan", name="one")
+    other = vm_factory(template=template, network="lan", name="other")
+
+    for vm, name in ((one, "other"), (other, "one"), (other, "other")):
+        assert vm.run(["ping", "-c", "1", "-W", "5", name]).returncode == 0
+    assert "one" in other.read_text("/etc/hosts")
+    vm_factory(template=template, network="lan", name="third")
+    assert one.run(["ping", "-c", "1", "-W", "5", "third"]).returncode == 0
+    assert one.read_text("/proc/self/mounts").count("/etc/hosts") == 1

@@ -1,0 +1,57 @@
+"""A settings file of a guest that we write to: in place, or over it where the root is read-only."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import PurePosixPath
+
+from pytest_vmsandbox.guest.channel import Channel
+from pytest_vmsandbox.guest.messages import ExecRequest
+
+_READ_BYTES = 64 * 1024
+
+# The file in /run stays one and the same, so that what lies over the other changes with it.
+_COVER = """
+set -e
+cat > "$1"
+chmod 0644 "$1"
+grep -q " $2 " /proc/self/mounts || mount --bind "$1" "$2"
+"""
+
+
+async def read_settings(channel: Channel, path: str) -> str:
+    """What stands in the file; nothing where there is none."""
+    try:
+        return (await channel.read_file(path)).decode(errors="surrogateescape")
+    except FileNotFoundError:
+        return ""
+
+
+async def write_settings(channel: Channel, path: str, text: str) -> None:
+    """Have `text` in the file, 0644, for whoever opens it by its name.
+
+    Where its file system is read-only, a file of /run is mounted over the one that is there, as
+    systemd does it for the machine-id (systemd-machine-id-commit.service(8)). OSError where neither
+    can be; the file is as it was then.
+    """
+    data = text.encode(errors="surrogateescape")
+    try:
+        await channel.write_file(path, data, mode=0o644)
+    except OSError as error:
+        if error.errno != errno.EROFS or not await _cover(channel, path, data):
+            raise
+
+
+async def _cover(channel: Channel, path: str, data: bytes) -> bool:
+    cover = f"/run/vmsandbox-{PurePosixPath(path).name}"
+    argv = ["/bin/sh", "-c", _COVER, "sh", cover, path]
+    process = await channel.spawn(ExecRequest(argv=argv, stdin=True, merge_stderr=True))
+    assert process.stdin is not None  # it was asked for
+    try:
+        await process.stdin.write(data)
+        await process.stdin.close()
+    except BrokenPipeError:
+        pass
+    while await process.stdout.read(_READ_BYTES):
+        pass
+    return await process.wait() == 0
