@@ -17,8 +17,13 @@ from pytest_vmsandbox.image.progress import SilentProgress
 from pytest_vmsandbox.machine.build import Build
 from pytest_vmsandbox.machine.controller import MachineController
 from pytest_vmsandbox.machine.memory import new_memory
-from pytest_vmsandbox.machine.template_cache import TemplateCache
-from pytest_vmsandbox.machine.templates import Templates, freeze_for_good, recipe_of, sharing
+from pytest_vmsandbox.machine.templates.cache import TemplateCache
+from pytest_vmsandbox.machine.templates.templates import (
+    Templates,
+    freeze_for_good,
+    recipe_of,
+    sharing,
+)
 
 MEMORY_MIB: Final = 128
 

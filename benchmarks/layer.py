@@ -14,7 +14,7 @@ from benchmarks.ours import open_machine, open_worker
 from benchmarks.setting import Setting
 from pytest_vmsandbox.machine.machine import Machine
 from pytest_vmsandbox.machine.spec import MachineSpec
-from pytest_vmsandbox.machine.template_builder import TemplateBuilder
+from pytest_vmsandbox.machine.templates.builder import TemplateBuilder
 
 # Machines of each kind in a round; their median is the round's value.
 LIVES: Final = 5

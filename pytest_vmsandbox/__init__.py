@@ -32,10 +32,10 @@ if TYPE_CHECKING:
     from pytest_vmsandbox.machine.copies import Snapshot
     from pytest_vmsandbox.machine.disk import Disk
     from pytest_vmsandbox.machine.jail import Jail
-    from pytest_vmsandbox.machine.layer import Template
     from pytest_vmsandbox.machine.machine import Machine
     from pytest_vmsandbox.machine.network import Network
-    from pytest_vmsandbox.machine.template_builder import TemplateBuilder
+    from pytest_vmsandbox.machine.templates.builder import TemplateBuilder
+    from pytest_vmsandbox.machine.templates.layer import Template
     from pytest_vmsandbox.plugin.fixtures import AsyncMachineFactory, MachineFactory
 
 _HOMES = {
@@ -61,10 +61,10 @@ _HOMES = {
     "machine.copies": ("Snapshot",),
     "machine.disk": ("Disk",),
     "machine.jail": ("Jail",),
-    "machine.layer": ("Template",),
     "machine.machine": ("Machine",),
     "machine.network": ("Network",),
-    "machine.template_builder": ("TemplateBuilder",),
+    "machine.templates.builder": ("TemplateBuilder",),
+    "machine.templates.layer": ("Template",),
     "plugin.fixtures": ("AsyncMachineFactory", "MachineFactory"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

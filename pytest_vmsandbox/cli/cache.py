@@ -13,8 +13,8 @@ from rich.console import Console
 from pytest_vmsandbox.cli.arguments import add_cache_argument, cache_of
 from pytest_vmsandbox.cli.progress import RichProgress
 from pytest_vmsandbox.errors import RequestInvalid, visible
-from pytest_vmsandbox.machine.template import OtherFormat, TemplateDamaged
-from pytest_vmsandbox.machine.template_cache import Shelved, TemplateCache
+from pytest_vmsandbox.machine.templates.cache import Shelved, TemplateCache
+from pytest_vmsandbox.machine.templates.template import OtherFormat, TemplateDamaged
 
 _DAMAGED = "damaged"
 

@@ -6,8 +6,8 @@ import re
 
 from pytest_vmsandbox.errors import MachineFailed, OutcomeUnknown, RequestInvalid
 from pytest_vmsandbox.machine.build import Build
-from pytest_vmsandbox.machine.template import Recipe
-from pytest_vmsandbox.machine.templates import Templates, recipe_of
+from pytest_vmsandbox.machine.templates.template import Recipe
+from pytest_vmsandbox.machine.templates.templates import Templates, recipe_of
 
 _KERNEL_TIME = re.compile(r"\[ *\d+\.\d+\] ")
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from pytest_vmsandbox.errors import RequestInvalid
 from pytest_vmsandbox.machine.disk import Disk, require_disks
-from pytest_vmsandbox.machine.layer import Template
+from pytest_vmsandbox.machine.templates.layer import Template
 from pytest_vmsandbox.network.topology import parse_networks
 
 # The least that the default image's kernel boots in, tried.

@@ -39,7 +39,6 @@ from pytest_vmsandbox.machine.build import Build
 from pytest_vmsandbox.machine.controller import MachineController
 from pytest_vmsandbox.machine.disk_plan import plan_disks
 from pytest_vmsandbox.machine.engine import Engine
-from pytest_vmsandbox.machine.layer import Template
 from pytest_vmsandbox.machine.lifecycles import Lifecycles
 from pytest_vmsandbox.machine.networks import Networks
 from pytest_vmsandbox.machine.nursery import Hold, WorkerNursery
@@ -47,8 +46,9 @@ from pytest_vmsandbox.machine.pool import Pool
 from pytest_vmsandbox.machine.recorded import RecordedLauncher
 from pytest_vmsandbox.machine.spec import MachineSpec
 from pytest_vmsandbox.machine.switch_launcher import open_bare_switch, open_walled_switch
-from pytest_vmsandbox.machine.template_cache import TemplateCache
-from pytest_vmsandbox.machine.templates import Templates
+from pytest_vmsandbox.machine.templates.cache import TemplateCache
+from pytest_vmsandbox.machine.templates.layer import Template
+from pytest_vmsandbox.machine.templates.templates import Templates
 from pytest_vmsandbox.machine.turn import take_turn
 from pytest_vmsandbox.machine.warden_launcher import WardenLauncher
 from pytest_vmsandbox.machine.wardens import Wardens

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pytest_vmsandbox.machine.machine import Machine
     from pytest_vmsandbox.machine.network import Network
     from pytest_vmsandbox.machine.spec import MachineSpec
-    from pytest_vmsandbox.machine.template_builder import TemplateBuilder
+    from pytest_vmsandbox.machine.templates.builder import TemplateBuilder
 
 
 class MachineFactory(Protocol):
@@ -152,7 +152,7 @@ def async_vm_factory(
 @pytest.fixture(scope="session")
 def vm_templates(request: pytest.FixtureRequest, vm_image: str) -> TemplateBuilder:
     """Builds templates: `vm_templates.build(setup=, base=, inputs=, name=, ...)`."""
-    from pytest_vmsandbox.machine.template_builder import TemplateBuilder
+    from pytest_vmsandbox.machine.templates.builder import TemplateBuilder
 
     def seen(machine: MachineController) -> Callable[[], None]:
         held = Held(machine=machine, fixture="vm_templates")

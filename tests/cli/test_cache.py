@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from pytest_vmsandbox.machine.memory_file import MEMORY
-from pytest_vmsandbox.machine.template import MANIFEST
-from pytest_vmsandbox.machine.template_cache import TemplateCache
-from pytest_vmsandbox.machine.template_shelf import MARK
+from pytest_vmsandbox.machine.templates.cache import TemplateCache
+from pytest_vmsandbox.machine.templates.memory_file import MEMORY
+from pytest_vmsandbox.machine.templates.shelf import MARK
+from pytest_vmsandbox.machine.templates.template import MANIFEST
 from tests.dead_runs import CHECKOUT
-from tests.machine.handmade import (
+from tests.machine.templates.handmade import (
     RECIPE,
     frozen_by_hand,
     publish,

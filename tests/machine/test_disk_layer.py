@@ -13,7 +13,7 @@ from pytest_vmsandbox import Disk, Machine, RequestInvalid
 from pytest_vmsandbox.machine.disk_layer import LayerRefused
 from pytest_vmsandbox.machine.disk_plan import DiskPlan
 from pytest_vmsandbox.machine.disks import Disks, FrozenDisks
-from pytest_vmsandbox.machine.template_disks import DisksDamaged, load_disks, save_disks
+from pytest_vmsandbox.machine.templates.disks import DisksDamaged, load_disks, save_disks
 from pytest_vmsandbox.vmm.disk import DiskFormat, Layer
 from pytest_vmsandbox.vmm.launch import Writable
 from pytest_vmsandbox.vmm.qcow2 import write_empty

@@ -22,9 +22,9 @@ from pytest_vmsandbox.machine.controller import MachineController
 from pytest_vmsandbox.machine.lifecycles import Lifecycles
 from pytest_vmsandbox.machine.memory import is_sealed
 from pytest_vmsandbox.machine.spec import MachineSpec
-from pytest_vmsandbox.machine.template_cache import TemplateCache
-from pytest_vmsandbox.machine.template_shelf import make_shelf
-from pytest_vmsandbox.machine.templates import Templates, recipe_of
+from pytest_vmsandbox.machine.templates.cache import TemplateCache
+from pytest_vmsandbox.machine.templates.shelf import make_shelf
+from pytest_vmsandbox.machine.templates.templates import Templates, recipe_of
 from pytest_vmsandbox.machine.worker import Worker
 from pytest_vmsandbox.vmm.qemu import MachineType
 

@@ -14,7 +14,7 @@ import pytest
 from pytest_vmsandbox.linux import OwnedFd
 from pytest_vmsandbox.machine.disk_plan import DiskPlan
 from pytest_vmsandbox.machine.disks import Disks, FrozenDisks, keep
-from pytest_vmsandbox.machine.template_disks import (
+from pytest_vmsandbox.machine.templates.disks import (
     DisksDamaged,
     SavedDisks,
     load_disks,

@@ -23,24 +23,14 @@ from pytest_vmsandbox.deadline import Deadline
 from pytest_vmsandbox.jail.off_loop import off_loop
 from pytest_vmsandbox.linux import OwnedFd
 from pytest_vmsandbox.machine.frozen import Frozen
-from pytest_vmsandbox.machine.template import (
-    MANIFEST,
-    Base,
-    Manifest,
-    Recipe,
-    TemplateDamaged,
-    check_template,
-    load_template,
-    read_manifest,
-)
-from pytest_vmsandbox.machine.template_locks import (
+from pytest_vmsandbox.machine.templates.locks import (
     LOCK,
     changing,
     own,
     share,
     share_what_is_owned,
 )
-from pytest_vmsandbox.machine.template_shelf import (
+from pytest_vmsandbox.machine.templates.shelf import (
     NAME,
     NEW,
     OLD,
@@ -50,6 +40,16 @@ from pytest_vmsandbox.machine.template_shelf import (
     remove_tree,
     strange_in,
     unfinished_in,
+)
+from pytest_vmsandbox.machine.templates.template import (
+    MANIFEST,
+    Base,
+    Manifest,
+    Recipe,
+    TemplateDamaged,
+    check_template,
+    load_template,
+    read_manifest,
 )
 
 # What templates may take on disk together, in bytes, unless those in use alone take more.

@@ -21,19 +21,19 @@ import pytest
 from pytest_vmsandbox import Machine
 from pytest_vmsandbox.machine.build import Build
 from pytest_vmsandbox.machine.controller import MachineController
-from pytest_vmsandbox.machine.memory_file import MEMORY, PAGES
 from pytest_vmsandbox.machine.spec import MachineSpec
-from pytest_vmsandbox.machine.template import CONSOLE, MANIFEST, STATE
-from pytest_vmsandbox.machine.template_shelf import MARK, NAME
-from pytest_vmsandbox.machine.templates import recipe_of
+from pytest_vmsandbox.machine.templates.memory_file import MEMORY, PAGES
+from pytest_vmsandbox.machine.templates.shelf import MARK, NAME
+from pytest_vmsandbox.machine.templates.template import CONSOLE, MANIFEST, STATE
+from pytest_vmsandbox.machine.templates.templates import recipe_of
 from pytest_vmsandbox.machine.worker import Worker, WorkerSettings
-from tests.machine.template_caches import make_cache
+from tests.machine.templates.template_caches import make_cache
 
 pytestmark = [pytest.mark.machine, pytest.mark.timeout(900)]
 
 MOMENTS = int(os.environ.get("VMSANDBOX_MOMENTS", "3"))
 SEED = int(os.environ.get("VMSANDBOX_SEED") or random.SystemRandom().randrange(1 << 32))
-CHECKOUT = Path(__file__).resolve().parents[2]
+CHECKOUT = Path(__file__).resolve().parents[3]
 
 # From the start of a builder to the end of its first test, in seconds.
 BUILDING_S = 6.0

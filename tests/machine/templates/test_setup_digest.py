@@ -18,12 +18,12 @@ from typing import Any
 import pytest
 
 from pytest_vmsandbox import RequestInvalid, Template
-from pytest_vmsandbox.machine.input_digest import digest_inputs
-from pytest_vmsandbox.machine.setup_digest import digest_setup
 from pytest_vmsandbox.machine.spec import MachineSpec
-from pytest_vmsandbox.machine.template import Recipe
+from pytest_vmsandbox.machine.templates.input_digest import digest_inputs
+from pytest_vmsandbox.machine.templates.setup_digest import digest_setup
+from pytest_vmsandbox.machine.templates.template import Recipe
 
-CHECKOUT = Path(__file__).resolve().parents[2]
+CHECKOUT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture
@@ -287,7 +287,8 @@ def test_what_ran_is_not_taken_for_what_the_file_says_by_now(load: Callable[[str
 def test_sets_count_the_same_in_every_process(tmp_path: Path) -> None:
     (tmp_path / "some_tests.py").write_text("def setup(vm): return vm in {'a', 'b', 'c', 'd'}\n")
     program = (
-        "import some_tests; from pytest_vmsandbox.machine.setup_digest import digest_setup\n"
+        "import some_tests\n"
+        "from pytest_vmsandbox.machine.templates.setup_digest import digest_setup\n"
         "print(digest_setup(some_tests.setup))"
     )
     digests = {

@@ -2,7 +2,7 @@
 
 As a program it makes one in a cache, for tests that kill it, or leave it no room:
 
-    python -m tests.machine.handmade CACHE SEED [TMPFS_BYTES]
+    python -m tests.machine.templates.handmade CACHE SEED [TMPFS_BYTES]
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from pytest_vmsandbox.linux import (
 )
 from pytest_vmsandbox.machine.frozen import Frozen, state_of
 from pytest_vmsandbox.machine.memory import GuestMemory, new_memory
-from pytest_vmsandbox.machine.template import Recipe, Standing, save_template
-from pytest_vmsandbox.machine.template_cache import Kept, TemplateCache
+from pytest_vmsandbox.machine.templates.cache import Kept, TemplateCache
+from pytest_vmsandbox.machine.templates.template import Recipe, Standing, save_template
 
 PAGE = 4096
 MEMORY_BYTES = 2 << 20

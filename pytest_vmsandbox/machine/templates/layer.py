@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pytest_vmsandbox.machine.template import Recipe
+from pytest_vmsandbox.machine.templates.template import Recipe
 
 if TYPE_CHECKING:
     from pytest_vmsandbox.machine.spec import MachineSpec

@@ -22,21 +22,21 @@ from pathlib import Path
 from pytest_vmsandbox.errors import VmSandboxError
 from pytest_vmsandbox.machine.frozen import Frozen, state_of
 from pytest_vmsandbox.machine.memory import new_memory
-from pytest_vmsandbox.machine.memory_file import (
-    MEMORY,
-    PAGES,
-    MemoryDamaged,
-    hash_memory,
-    load_memory,
-    save_memory,
-)
-from pytest_vmsandbox.machine.template_disks import (
+from pytest_vmsandbox.machine.templates.disks import (
     DisksDamaged,
     SavedDisks,
     check_disks,
     load_disks,
     parse_saved_disks,
     save_disks,
+)
+from pytest_vmsandbox.machine.templates.memory_file import (
+    MEMORY,
+    PAGES,
+    MemoryDamaged,
+    hash_memory,
+    load_memory,
+    save_memory,
 )
 
 # It grows whenever a template of the older form would be misread.

@@ -20,8 +20,11 @@ import pytest
 
 from pytest_vmsandbox import RequestInvalid, TimedOut
 from pytest_vmsandbox.deadline import Deadline
-from pytest_vmsandbox.machine.memory_file import MEMORY, PAGES
-from pytest_vmsandbox.machine.template import (
+from pytest_vmsandbox.machine.templates.cache import Kept, TemplateCache
+from pytest_vmsandbox.machine.templates.locks import changing
+from pytest_vmsandbox.machine.templates.memory_file import MEMORY, PAGES
+from pytest_vmsandbox.machine.templates.shelf import MARK, NAME
+from pytest_vmsandbox.machine.templates.template import (
     CONSOLE,
     MANIFEST,
     STATE,
@@ -30,10 +33,7 @@ from pytest_vmsandbox.machine.template import (
     check_template,
     read_manifest,
 )
-from pytest_vmsandbox.machine.template_cache import Kept, TemplateCache
-from pytest_vmsandbox.machine.template_locks import changing
-from pytest_vmsandbox.machine.template_shelf import MARK, NAME
-from tests.machine.handmade import (
+from tests.machine.templates.handmade import (
     MEMORY_BYTES,
     PAGE,
     RECIPE,
@@ -47,7 +47,7 @@ from tests.machine.handmade import (
 MOMENTS = int(os.environ.get("VMSANDBOX_MOMENTS", "12"))
 SEED = int(os.environ.get("VMSANDBOX_SEED") or random.SystemRandom().randrange(1 << 32))
 FLIPS = 60
-CHECKOUT = Path(__file__).resolve().parents[2]
+CHECKOUT = Path(__file__).resolve().parents[3]
 
 # At both ends, and zeros where there was something.
 CHANGES = {0: b"new", 3 * PAGE: bytes(2 * PAGE), MEMORY_BYTES - 5: b"end"}
@@ -321,7 +321,7 @@ def test_what_is_in_use_is_not_removed_and_afterwards_it_is(
 def test_what_a_killed_process_used_is_in_use_no_more(cache: TemplateCache, place: Path) -> None:
     program = (
         "import sys; from pathlib import Path\n"
-        "from tests.machine.handmade import RECIPE, TemplateCache\n"
+        "from tests.machine.templates.handmade import RECIPE, TemplateCache\n"
         "kept = TemplateCache(Path(sys.argv[1])).load(RECIPE, room=Path()); "
         "print('in use', flush=True)\n"
         "sys.stdin.read()"
@@ -400,7 +400,7 @@ def test_of_two_who_want_the_same_one_the_second_waits(cache: TemplateCache) -> 
 def test_who_waits_is_told_now_and_then_and_can_give_up(
     cache: TemplateCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pytest_vmsandbox.machine.template_cache._TELL_S", 0.1)
+    monkeypatch.setattr("pytest_vmsandbox.machine.templates.cache._TELL_S", 0.1)
     told: list[float] = []
     never = Deadline.after(seconds=None)
 
@@ -458,7 +458,7 @@ def test_who_was_forked_meanwhile_keeps_nobody_out(cache: TemplateCache, place: 
     program = (
         "import os, sys, time\n"
         "from pathlib import Path\n"
-        "from pytest_vmsandbox.machine.template_locks import changing\n"
+        "from pytest_vmsandbox.machine.templates.locks import changing\n"
         "with changing(Path(sys.argv[1])):\n"
         "    if os.fork() == 0:\n"
         "        sys.stdin.read()\n"
@@ -581,7 +581,7 @@ def test_a_builder_killed_at_any_moment_leaves_all_or_nothing(tmp_path: Path) ->
 def _builder(place: Path, *, seed: int) -> subprocess.Popen[bytes]:
     """A process that is about to make a template there."""
     builder = subprocess.Popen(
-        [sys.executable, "-m", "tests.machine.handmade", str(place), str(seed)],
+        [sys.executable, "-m", "tests.machine.templates.handmade", str(place), str(seed)],
         cwd=CHECKOUT,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -595,7 +595,7 @@ def _builder(place: Path, *, seed: int) -> subprocess.Popen[bytes]:
 @pytest.mark.parametrize("size", [8, 40, 100, 200])
 def test_a_full_disk_is_told_and_leaves_nothing_half_made(tmp_path: Path, size: int) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.machine.handmade", tmp_path, "1", str(size << 10)],
+        [sys.executable, "-m", "tests.machine.templates.handmade", tmp_path, "1", str(size << 10)],
         cwd=CHECKOUT,
         stdin=subprocess.DEVNULL,
         capture_output=True,

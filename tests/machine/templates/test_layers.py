@@ -23,13 +23,13 @@ from pytest_vmsandbox import (
     TemplateBuilder,
 )
 from pytest_vmsandbox.machine.controller import MachineController
-from pytest_vmsandbox.machine.memory_file import MEMORY, PAGES
 from pytest_vmsandbox.machine.spec import MachineSpec
-from pytest_vmsandbox.machine.template import read_manifest
-from pytest_vmsandbox.machine.template_builder import Setup
-from pytest_vmsandbox.machine.template_shelf import MARK, NAME
+from pytest_vmsandbox.machine.templates.builder import Setup
+from pytest_vmsandbox.machine.templates.memory_file import MEMORY, PAGES
+from pytest_vmsandbox.machine.templates.shelf import MARK, NAME
+from pytest_vmsandbox.machine.templates.template import read_manifest
 from pytest_vmsandbox.machine.worker import Worker, WorkerSettings
-from tests.machine.template_caches import make_cache
+from tests.machine.templates.template_caches import make_cache
 
 pytestmark = pytest.mark.machine
 

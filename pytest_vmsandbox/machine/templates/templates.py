@@ -18,12 +18,12 @@ from pytest_vmsandbox.image.progress import Progress
 from pytest_vmsandbox.jail.off_loop import run_off_loop, run_stoppable
 from pytest_vmsandbox.machine.build import Build
 from pytest_vmsandbox.machine.controller import MachineController
-from pytest_vmsandbox.machine.freezing import freeze
 from pytest_vmsandbox.machine.frozen import Frozen
-from pytest_vmsandbox.machine.layer import Template
 from pytest_vmsandbox.machine.memory import GuestMemory, new_memory, seal
-from pytest_vmsandbox.machine.template import Recipe, Standing, save_template
-from pytest_vmsandbox.machine.template_cache import Kept, Making, TemplateCache
+from pytest_vmsandbox.machine.templates.cache import Kept, Making, TemplateCache
+from pytest_vmsandbox.machine.templates.freezing import freeze
+from pytest_vmsandbox.machine.templates.layer import Template
+from pytest_vmsandbox.machine.templates.template import Recipe, Standing, save_template
 from pytest_vmsandbox.vmm.launch import Handed, Memory, VmmView
 from pytest_vmsandbox.vmm.qemu import QemuConfig, render_command
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from pytest_vmsandbox import RequestInvalid
-from pytest_vmsandbox.machine.template_cache import TemplateCache
-from pytest_vmsandbox.machine.template_shelf import MARK, NAME, OLD, is_shelf, make_shelf
-from tests.machine.handmade import RECIPE, frozen_by_hand, publish
+from pytest_vmsandbox.machine.templates.cache import TemplateCache
+from pytest_vmsandbox.machine.templates.shelf import MARK, NAME, OLD, is_shelf, make_shelf
+from tests.machine.templates.handmade import RECIPE, frozen_by_hand, publish
 
 HEX = "0123456789abcdef" * 2
 

@@ -27,11 +27,11 @@ from types import (
 )
 
 from pytest_vmsandbox.errors import RequestInvalid
-from pytest_vmsandbox.machine.code_origin import Origin, origin_of, origin_of_file
-from pytest_vmsandbox.machine.layer import Template
-from pytest_vmsandbox.machine.loaded_code import all_within, functions_of, lines_of
-from pytest_vmsandbox.machine.module_file import file_of, imports_of
-from pytest_vmsandbox.machine.module_text import describe_module
+from pytest_vmsandbox.machine.templates.code_origin import Origin, origin_of, origin_of_file
+from pytest_vmsandbox.machine.templates.layer import Template
+from pytest_vmsandbox.machine.templates.loaded_code import all_within, functions_of, lines_of
+from pytest_vmsandbox.machine.templates.module_file import file_of, imports_of
+from pytest_vmsandbox.machine.templates.module_text import describe_module
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, range, type(...), PurePath)
 _CACHED = type(functools.cache(len))

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import CodeType, FunctionType
 
-from pytest_vmsandbox.machine.code_origin import Origin, digest_of_file, origin_of_file
-from pytest_vmsandbox.machine.loaded_code import all_within, functions_of, lines_of
-from pytest_vmsandbox.machine.module_file import file_of, imports_of
+from pytest_vmsandbox.machine.templates.code_origin import Origin, digest_of_file, origin_of_file
+from pytest_vmsandbox.machine.templates.loaded_code import all_within, functions_of, lines_of
+from pytest_vmsandbox.machine.templates.module_file import file_of, imports_of
 
 
 def describe_module(name: str, *, seen: set[str]) -> Iterator[str]:

@@ -9,12 +9,12 @@ from functools import cache
 from pathlib import Path
 from types import FunctionType
 
-from pytest_vmsandbox.machine.module_file import file_of
+from pytest_vmsandbox.machine.templates.module_file import file_of
 
 _INSTALLED = tuple(Path(sysconfig.get_path(name)).resolve() for name in ("purelib", "platlib"))
 _INSTALLED_NAMES = frozenset({"site-packages", "dist-packages"})
 _PYTHON = tuple(Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib"))
-_US = Path(__file__).resolve().parents[1]
+_US = Path(__file__).resolve().parents[2]
 
 
 class Origin(Enum):

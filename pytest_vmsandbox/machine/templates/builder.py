@@ -17,15 +17,20 @@ from pytest_vmsandbox.machine.build import Build
 from pytest_vmsandbox.machine.controller import MachineController
 from pytest_vmsandbox.machine.engine import Engine
 from pytest_vmsandbox.machine.frozen import Frozen
-from pytest_vmsandbox.machine.input_digest import digest_inputs
-from pytest_vmsandbox.machine.layer import Template
 from pytest_vmsandbox.machine.machine import Machine
 from pytest_vmsandbox.machine.memory import GuestMemory, copy_memory
-from pytest_vmsandbox.machine.setup_digest import digest_setup
 from pytest_vmsandbox.machine.spec import MachineSpec
-from pytest_vmsandbox.machine.template import Recipe
-from pytest_vmsandbox.machine.template_cache import Kept
-from pytest_vmsandbox.machine.templates import freeze_for_good, recipe_of, require_made_of, sharing
+from pytest_vmsandbox.machine.templates.cache import Kept
+from pytest_vmsandbox.machine.templates.input_digest import digest_inputs
+from pytest_vmsandbox.machine.templates.layer import Template
+from pytest_vmsandbox.machine.templates.setup_digest import digest_setup
+from pytest_vmsandbox.machine.templates.template import Recipe
+from pytest_vmsandbox.machine.templates.templates import (
+    freeze_for_good,
+    recipe_of,
+    require_made_of,
+    sharing,
+)
 from pytest_vmsandbox.machine.worker import Worker
 
 Setup: TypeAlias = (
