@@ -39,6 +39,7 @@ _AT = (c_int, c_char_p)
 _CALLS = {
     "capget": _Call((c_void_p, c_void_p), (125, 90, 90, 184)),
     "capset": _Call((c_void_p, c_void_p), (126, 91, 91, 185)),
+    "connect": _Call((c_int, c_void_p, c_uint), (42, 203, 203, 362)),
     # The system call behind eventfd() is eventfd2: the first one took no flags.
     "eventfd": _Call((c_uint, c_int), (290, 19, 19, 323)),
     "fsconfig": _Call((c_int, c_uint, c_char_p, c_char_p, c_int), (431, 431, 431, 431)),

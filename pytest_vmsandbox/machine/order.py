@@ -32,7 +32,8 @@ class PowerOn:
     `nonce` is then that of the boot that was frozen. It gets a machine-id and a host name of its
     own, unless it `is_itself`: the very machine that was captured. With the `clock` "frozen" its
     time goes on from the instant at which it was frozen, with "host" it is the host's. `furnish`
-    tells a guest, whenever it has been met, what it must know beside its identity: its addresses.
+    tells a guest, whenever it has been met, what it must know beside its identity: its addresses;
+    `unplug` lets whoever is connected to it know that it has failed, and will not answer.
     """
 
     id: str
@@ -44,6 +45,7 @@ class PowerOn:
     stall_s: float
     silence_s: float
     furnish: Callable[[Channel], Coroutine[Any, Any, None]]
+    unplug: Callable[[], Coroutine[Any, Any, None]]
     frozen: Frozen | None = None
     is_itself: bool = False
     clock: str = "host"

@@ -184,6 +184,7 @@ class Power(MachineCore):
                 is_itself=self._is_itself,
                 clock=self.build.clock,
                 furnish=wires.resume if self._is_itself else wires.furnish,
+                unplug=wires.unplug,
             )
             self.failure_was_told = False
             self._running = await power.enter_async_context(

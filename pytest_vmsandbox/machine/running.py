@@ -186,6 +186,7 @@ class Running:
             self._failed.set()
             if self._channel is not None:
                 self._channel.fail(error)
+            self._spawn(self.order.unplug())
 
     def trouble(self, trouble: KernelTrouble) -> None:
         """The kernel said on the console, or through pvpanic, that it is in trouble."""

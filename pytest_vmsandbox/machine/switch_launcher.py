@@ -7,7 +7,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from pytest_vmsandbox.errors import HostUnfit, TimedOut, VmSandboxError
 from pytest_vmsandbox.host.facts import Tier
 from pytest_vmsandbox.host.way import interpreter, render_start
 from pytest_vmsandbox.jail.vmm_view import ROOM, plan_vmm_view
-from pytest_vmsandbox.linux import OwnedFd
+from pytest_vmsandbox.linux import OwnedFd, ProcessIdentity
 from pytest_vmsandbox.network.client import ENTRY, MODULES, SwitchLine
 from pytest_vmsandbox.network.switch import BARE, WALLED
 from pytest_vmsandbox.warden.bundle import bootstrap_of, open_bundle
@@ -27,8 +27,14 @@ START_S = 30.0
 END_S = 10.0
 
 
+# Is told which process it is, before that is asked for anything.
+Started = Callable[[ProcessIdentity], None]
+
+
 @asynccontextmanager
-async def open_walled_switch(warden: Warden, tier: Tier, *, log: Path) -> AsyncIterator[SwitchLine]:
+async def open_walled_switch(
+    warden: Warden, tier: Tier, *, log: Path, started: Started
+) -> AsyncIterator[SwitchLine]:
     """A switch behind walls, in a network namespace of its own; it ends with the warden.
 
     It sees a Python and nothing else of the host. HostUnfit where it does not come up.
@@ -48,14 +54,16 @@ async def open_walled_switch(warden: Warden, tier: Tier, *, log: Path) -> AsyncI
         group=None,
     )
     with _line(log) as (ours, theirs, output):
-        async with warden.launch(order, [theirs.fileno(), output, output]):
+        async with warden.launch(order, [theirs.fileno(), output, output]) as process:
             theirs.close()
+            if process.pid:  # 0: it had ended before anybody could look
+                started(process.identity)
             async with _ready(ours, log) as line:
                 yield line
 
 
 @asynccontextmanager
-async def open_bare_switch(*, log: Path) -> AsyncIterator[SwitchLine]:
+async def open_bare_switch(*, log: Path, started: Started) -> AsyncIterator[SwitchLine]:
     """A switch as our own child; it ends when we do, and makes no interface anywhere."""
     if sys.platform != "linux":
         raise HostUnfit(
@@ -68,6 +76,7 @@ async def open_bare_switch(*, log: Path) -> AsyncIterator[SwitchLine]:
         child = _spawn(theirs, output)
         theirs.close()
         try:
+            started(ProcessIdentity.of(child.pid))
             async with _ready(ours, log) as line:
                 yield line
         finally:

@@ -44,6 +44,9 @@ class Wires(Protocol):
     def plugged(self) -> AbstractAsyncContextManager[Sequence[Card]]:
         """The cards, each with a wire to hand to a VMM; unplugged on the way out."""
 
+    async def unplug(self) -> None:
+        """Let nothing pass any more, and end the host's connections to it; safe to repeat."""
+
     async def furnish(self, channel: Channel) -> None:
         """Tell the guest, which has just been met, all that it must know of its cards."""
 
@@ -80,6 +83,9 @@ class LooseWires:
                 held.enter_context(theirs)
                 cards.append(Card(mac=card.mac, wire=WireEnd(theirs.fileno())))
             yield cards
+
+    async def unplug(self) -> None:
+        """Part of Wires."""
 
     async def furnish(self, channel: Channel) -> None:
         """Part of Wires: the driver is there when a machine out of the template wants it."""
@@ -143,6 +149,8 @@ class PluggedWires:
         self._channel: Channel | None = None
         self._known: dict[str, Address] = {}  # whom the guest knows by name
         self._writing = asyncio.Lock()
+        self._plugged: list[str] = []
+        self._unplugging = asyncio.Lock()
 
     @property
     def cards(self) -> Sequence[Card]:
@@ -153,19 +161,28 @@ class PluggedWires:
     async def plugged(self) -> AsyncIterator[Sequence[Card]]:
         """Part of Wires."""
         with ExitStack() as held:
-            cards, plugged = [], []
+            cards = []
             try:
                 for network, address in self.addresses.items():
                     ours, theirs = socket.socketpair()
                     held.enter_context(theirs)
-                    plugged.append(network)
+                    self._plugged.append(network)
                     with ours:
                         await self._switch.plug(network, self.machine, ours)
                     cards.append(Card(mac=address.mac, wire=WireEnd(theirs.fileno())))
                 yield cards
             finally:
                 self._channel = None
-                await to_its_end(self._unplug(plugged))
+                await to_its_end(self.unplug())
+
+    async def unplug(self) -> None:
+        """Part of Wires."""
+        async with self._unplugging:
+            while self._plugged:
+                network = self._plugged[-1]
+                with suppress(NetworkFailed, OSError):  # it has ended, and carries nothing
+                    await self._switch.unplug(network, self.machine, self.addresses[network])
+                self._plugged.pop()
 
     async def furnish(self, channel: Channel) -> None:
         """Part of Wires: addresses, and the names of all who are on the same networks.
@@ -207,11 +224,6 @@ class PluggedWires:
         with suppress(VmSandboxError, OSError, TimeoutError):
             async with asyncio.timeout(NEIGHBOUR_S):
                 await self.introduce()
-
-    async def _unplug(self, networks: Sequence[str]) -> None:
-        for network in networks:
-            with suppress(NetworkFailed, OSError):  # it has ended, and carries nothing
-                await self._switch.unplug(network, self.machine, self.addresses[network])
 
     def _members(self) -> dict[str, Address]:
         found: dict[str, Address] = {}

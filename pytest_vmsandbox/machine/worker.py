@@ -252,11 +252,13 @@ class Worker:
         directory = await self._entered()
         log = directory.path / "switch.log"
         entry = ProcessEntry(role=Role.SWITCH, tier=tier)
-        with directory.ledger.recorded(entry):
+        with directory.ledger.recorded(entry) as number:
+            started = partial(directory.ledger.identify, number)
             if tier is Tier.BARE:
-                opened = open_bare_switch(log=log)
+                opened = open_bare_switch(log=log, started=started)
             else:
-                opened = open_walled_switch(await self._warden(tier), tier, log=log)
+                warden = await self._warden(tier)
+                opened = open_walled_switch(warden, tier, log=log, started=started)
             async with opened as line:
                 yield line
 

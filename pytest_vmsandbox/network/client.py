@@ -8,11 +8,14 @@ import json
 import os
 import socket
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
+from weakref import WeakSet
 
 from pytest_vmsandbox.deadline import Deadline
 from pytest_vmsandbox.errors import NetworkFailed
+from pytest_vmsandbox.linux.disconnect import disconnect
 from pytest_vmsandbox.network.impairment import Impairment
 from pytest_vmsandbox.network.switch import DESCRIPTORS_AT_MOST, PACKET_BYTES
 
@@ -52,6 +55,7 @@ class SwitchLine:
         self._last_words = last_words
         self._numbers = 0
         self._waiting: dict[int, asyncio.Future[tuple[dict[str, Any], list[int]]]] = {}
+        self._connected: WeakSet[socket.socket] = WeakSet()
         self._loop = asyncio.get_running_loop()
         self._ready: asyncio.Future[None] = self._loop.create_future()
         self.over = False
@@ -123,7 +127,9 @@ class SwitchLine:
         )
         if not received:  # we may hold no more (recvmsg(2), MSG_CTRUNC)
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-        return socket.socket(fileno=received[0])
+        sock = socket.socket(fileno=received[0])
+        self._connected.add(sock)
+        return sock
 
     async def _ask(
         self,
@@ -202,6 +208,9 @@ class SwitchLine:
             return
         self.over = True
         self._loop.remove_reader(self._line)
+        for sock in self._connected:  # what they say is carried no more, and nobody would tell
+            with suppress(OSError):  # it is closed, or has ended
+                disconnect(sock)
         awaited: list[asyncio.Future[Any]] = [*self._waiting.values(), self._ready]
         for future in awaited:
             if not future.done():

@@ -25,7 +25,7 @@ FRAME = b"\xff" * 6 + b"\x02\x76\x6d\x00\x00\x02" + b"\x88\xb5" + b"hello"
 async def line(tmp_path: Path) -> AsyncIterator[SwitchLine]:
     """A switch in the tier bare; it must end without having said anything."""
     log = tmp_path / "switch.log"
-    async with open_bare_switch(log=log) as line:
+    async with open_bare_switch(log=log, started=lambda _: None) as line:
         yield line
     assert log.read_text() == ""
 
@@ -127,7 +127,7 @@ async def test_when_it_ends_every_wait_is_over_and_says_why(line: SwitchLine) ->
 
 async def test_it_ends_with_its_line_and_closes_what_it_holds(tmp_path: Path) -> None:
     with Card() as one:
-        async with open_bare_switch(log=tmp_path / "log") as line:
+        async with open_bare_switch(log=tmp_path / "log", started=lambda _: None) as line:
             await line.plug(0, "one", one.theirs)
             one.theirs.close()
 
