@@ -24,6 +24,7 @@ from benchmarks.import_cost import measure_import
 from benchmarks.layer import measure_layer
 from benchmarks.measurement import Measurement
 from benchmarks.memory import measure_memory
+from benchmarks.network import measure_network
 from benchmarks.pool import measure_pool
 from benchmarks.probes import measure_probes
 from benchmarks.report import document_of, table_of
@@ -41,6 +42,7 @@ BENCHMARKS: Final[dict[str, Callable[[Setting], Sequence[Measurement]]]] = {
     "freezing": measure_freezing,
     "fork": measure_fork,
     "layer": measure_layer,
+    "network": measure_network,
     "boot": measure_boot,
     "command": measure_command,
     "image": measure_image,

@@ -13,7 +13,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,12 +106,32 @@ class GuestAgent:
         self._sock.sendall(json.dumps(message).encode() + b"\n")
 
 
+Start = Callable[..., subprocess.Popen[bytes]]
+"""As `subprocess.Popen`, which it may also be."""
+
+
 @contextmanager
-def open_by_hand(image: ByHandImage, *, accel: str) -> Iterator[GuestAgent]:
-    """A machine that has booted and answers, as a fixture would hand it over; ended afterwards."""
+def open_by_hand(
+    image: ByHandImage,
+    *,
+    accel: str,
+    cpu: str = "",
+    memory_mib: int = MEMORY_MIB,
+    devices: Sequence[str] = (),
+    start: Start = subprocess.Popen,
+) -> Iterator[GuestAgent]:
+    """A machine that has booted and answers, as a fixture would hand it over; ended afterwards.
+
+    `devices` are options of QEMU beside its own.
+    """
     with tempfile.TemporaryDirectory(prefix="by-hand-") as name:
         directory = Path(name)
-        with _qemu(image, directory, accel=accel) as process:
+        cpu = cpu or ("host" if accel == "kvm" else "max")
+        argv = [
+            *_argv(image, directory, accel=accel),
+            *("-cpu", cpu, "-m", f"{memory_mib}M", *devices),
+        ]
+        with _qemu(argv, directory, start) as process:
             sock = _connect(directory / "agent.sock", process)
             agent = GuestAgent(sock)
             try:
@@ -126,14 +146,9 @@ def open_by_hand(image: ByHandImage, *, accel: str) -> Iterator[GuestAgent]:
 
 
 @contextmanager
-def _qemu(image: ByHandImage, directory: Path, *, accel: str) -> Iterator[subprocess.Popen[bytes]]:
+def _qemu(argv: Sequence[str], directory: Path, start: Start) -> Iterator[subprocess.Popen[bytes]]:
     with (directory / "qemu.log").open("wb") as log:
-        process = subprocess.Popen(
-            _argv(image, directory, accel=accel),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
+        process = start(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
         try:
             yield process
         finally:
@@ -145,8 +160,8 @@ def _argv(image: ByHandImage, directory: Path, *, accel: str) -> list[str]:
     program = shutil.which("qemu-system-x86_64") or "qemu-system-x86_64"
     return [
         program,
-        *("-M", "q35", "-accel", accel, "-cpu", "host" if accel == "kvm" else "max"),
-        *("-m", f"{MEMORY_MIB}M", "-smp", "1", "-nodefaults", "-no-user-config", "-no-reboot"),
+        *("-M", "q35", "-accel", accel, "-smp", "1"),
+        *("-nodefaults", "-no-user-config", "-no-reboot"),
         *("-display", "none", "-serial", f"file:{directory / 'console.log'}"),
         *("-kernel", str(image.kernel), "-initrd", str(image.initramfs)),
         *("-append", COMMAND_LINE),

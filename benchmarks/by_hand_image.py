@@ -14,7 +14,7 @@ from typing import Final
 from benchmarks.setting import Setting
 from pytest_vmsandbox.deadline import Deadline
 from pytest_vmsandbox.image import cpio
-from pytest_vmsandbox.image.apt import Package, open_apt
+from pytest_vmsandbox.image.apt import open_apt
 from pytest_vmsandbox.image.image import Image
 from pytest_vmsandbox.image.modules import copy_modules, parse_index
 from pytest_vmsandbox.image.packages import PackageStore
@@ -84,32 +84,42 @@ def prepare_by_hand_image(ours: Image, setting: Setting) -> ByHandImage:
 
 def _build(ours: Image, packages: Path, scratch: Path) -> Path:
     deadline = Deadline.after(seconds=600)
-    ours_store = PackageStore(directory=packages)
-    resolution = ours_store.resolution(recipe_named("mini"), ours.architecture)
-    if resolution is None or not ours_store.is_complete(resolution):
-        raise FileNotFoundError(f"{packages} has no packages of image mini: build it first")
-    ours_store.extract(resolution.kernel, scratch / "kernel", deadline=deadline)
-    own = PackageStore(directory=scratch)
-    own.extract(
-        _download(ours.architecture, scratch, deadline), scratch / "root", deadline=deadline
-    )
-    modules = _modules(scratch, ours.kernel_release, deadline)
+    extract_packages(_PACKAGES, ours, scratch, deadline=deadline)
+    modules = extract_modules(_MODULES, ours, packages, scratch, deadline=deadline)
     built = scratch / "by-hand.cpio"
     with built.open("wb") as file:
         cpio.write_archive(_entries(scratch / "root", modules), file)
     return built
 
 
-def _download(architecture: str, into: Path, deadline: Deadline) -> Sequence[Package]:
-    debian = DEBIAN_ARCHITECTURES[architecture]
-    with open_apt(into / "apt", architecture=debian, deadline=deadline) as apt:
-        packages = apt.named([apt.first_offered(names) for names in _PACKAGES])
-        apt.download(packages, into)
-    return packages
+def extract_packages(
+    wanted: Sequence[Sequence[str]], ours: Image, scratch: Path, *, deadline: Deadline
+) -> Path:
+    """Download packages, each given by its names by preference, and unpack them: the directory.
+
+    Raises HostUnfit where they can't be had.
+    """
+    debian = DEBIAN_ARCHITECTURES[ours.architecture]
+    with open_apt(scratch / "apt", architecture=debian, deadline=deadline) as apt:
+        packages = apt.named([apt.first_offered(names) for names in wanted])
+        apt.download(packages, scratch)
+    root = scratch / "root"
+    PackageStore(directory=scratch).extract(packages, root, deadline=deadline)
+    return root
 
 
-def _modules(scratch: Path, release: str, deadline: Deadline) -> Sequence[Path]:
-    """The files to load, in order, as `modprobe --show-depends` would list them."""
+def extract_modules(
+    names: Sequence[str], ours: Image, packages: Path, scratch: Path, *, deadline: Deadline
+) -> Sequence[Path]:
+    """The files to load, in order, as `modprobe --show-depends` would list them.
+
+    Below `scratch`, where the package of busybox has been unpacked.
+    """
+    store, release = PackageStore(directory=packages), ours.kernel_release
+    resolution = store.resolution(recipe_named("mini"), ours.architecture)
+    if resolution is None or not store.is_complete(resolution):
+        raise FileNotFoundError(f"{packages} has no packages of image mini: build it first")
+    store.extract(resolution.kernel, scratch / "kernel", deadline=deadline)
     (found,) = [*scratch.glob("kernel/**/lib/modules/*"), *scratch.glob("kernel/lib/modules/*")][:1]
     tree = scratch / "tree" / "lib" / "modules" / release
     copy_modules(found, tree)
@@ -119,8 +129,7 @@ def _modules(scratch: Path, release: str, deadline: Deadline) -> Sequence[Path]:
         dependencies=(tree / "modules.dep").read_text(encoding="utf-8"),
         builtin=(tree / "modules.builtin").read_text(encoding="utf-8"),
     )
-    paths = index.load_order(_MODULES, essential=frozenset(_MODULES))
-    return [tree / path for path in paths]
+    return [tree / path for path in index.load_order(names, essential=frozenset(names))]
 
 
 def _busybox(root: Path) -> Path:

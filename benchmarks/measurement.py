@@ -14,10 +14,16 @@ class Unit(StrEnum):
     SECONDS = "s"
     MILLISECONDS = "ms"
     MEGABYTES_PER_SECOND = "MB/s"
+    MEGABITS_PER_SECOND = "Mbit/s"
     TIMES = "times"
     PER_SECOND = "/s"
     MEBIBYTES = "MiB"
     PERCENT = "%"
+
+    @property
+    def is_rate(self) -> bool:
+        """Whether more of it is better."""
+        return self in (Unit.MEGABYTES_PER_SECOND, Unit.MEGABITS_PER_SECOND, Unit.PER_SECOND)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,16 +49,16 @@ class Measurement:
 
     @property
     def ratio(self) -> float | None:
-        """How many times the peer's value ours is not: 2.0 is twice as good as the peer.
+        """How good ours is where the peer is 1: 2.0 is half the time, or twice the rate.
 
         The median of the rounds' own ratios, since the load of a shared host moves both sides
         of a round alike. None without a peer.
         """
         if not self.peer_values:
             return None
-        ratios = [
-            peer / ours for ours, peer in zip(self.values, self.peer_values, strict=True) if ours
-        ]
+        ours, theirs = self.values, self.peer_values
+        over, under = (ours, theirs) if self.unit.is_rate else (theirs, ours)
+        ratios = [one / other for one, other in zip(over, under, strict=True) if other]
         return statistics.median(ratios) if ratios else None
 
 

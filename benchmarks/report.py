@@ -19,7 +19,7 @@ REPORT_FORMAT: Final = 1
 def table_of(measurements: Sequence[Measurement]) -> Table:
     """One row a measurement, its peer's figures below it, and how it was measured."""
     table = Table("what, and how it was measured", box=SIMPLE_HEAD)
-    for column in ("median", "min", "max", "peer / ours"):
+    for column in ("median", "min", "max", "peer = 1"):
         table.add_column(column, justify="right", no_wrap=True)
     for each in measurements:
         ratio = "" if each.ratio is None else f"{each.ratio:.2f}"
