@@ -15,10 +15,13 @@ from collections.abc import Callable
 from contextlib import closing
 from typing import Any, Final
 
+from pytest_vmsandbox.deadline import Deadline
+
 PORT: Final = 5201
 
 PIECE_BYTES: Final = 128 * 1024
 ANSWER_S: Final = 30.0
+RETRY_S: Final = 0.1
 
 _COOKIE_BYTES: Final = 36
 _PARAM_EXCHANGE, _CREATE_STREAMS, _TEST_START, _TEST_RUNNING = 9, 10, 1, 2
@@ -31,10 +34,7 @@ def send_mbit_per_s(dial: Callable[[], socket.socket], *, seconds: float) -> flo
     RuntimeError where it says anything else than it should.
     """
     cookie = secrets.token_hex(_COOKIE_BYTES // 2).encode() + b"\0"
-    with closing(dial()) as control:
-        control.settimeout(ANSWER_S)
-        control.sendall(cookie)
-        _require(control, _PARAM_EXCHANGE)
+    with closing(_begin(dial, cookie)) as control:
         _send_json(control, {"tcp": True, "time": round(seconds), "parallel": 1})
         _require(control, _CREATE_STREAMS)
         with closing(dial()) as stream:
@@ -67,6 +67,28 @@ def round_trips_ms(sock: socket.socket, *, times: int) -> list[float]:
         if came != byte:
             raise RuntimeError(f"the echo of {byte!r} is {came!r}")
     return taken
+
+
+def _begin(dial: Callable[[], socket.socket], cookie: bytes) -> socket.socket:
+    """The control connection of a test that the server has accepted."""
+    deadline = Deadline.after(seconds=ANSWER_S)
+    while True:
+        control = dial()
+        try:
+            control.settimeout(ANSWER_S)
+            control.sendall(cookie)
+            _require(control, _PARAM_EXCHANGE)
+        except ConnectionError:
+            # After each test it listens anew, and turns away who came too early for that.
+            control.close()
+            if deadline.passed:
+                raise
+            time.sleep(RETRY_S)
+        except BaseException:
+            control.close()
+            raise
+        else:
+            return control
 
 
 def _fill(stream: socket.socket, seconds: float) -> int:
@@ -116,6 +138,6 @@ def _receive(control: socket.socket, length: int) -> bytes:
     while len(came) < length:
         piece = control.recv(length - len(came))
         if not piece:
-            raise RuntimeError("iperf3's server has hung up")
+            raise ConnectionResetError("iperf3's server has hung up")
         came += piece
     return came

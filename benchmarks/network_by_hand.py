@@ -60,7 +60,7 @@ def open_by_hand_network(
 ) -> Iterator[ByHandNetwork]:
     """The three of them, booted; ended with the block.
 
-    PermissionError for those who are not root, CalledProcessError where `ip` can't do it.
+    OSError where it can't be made: for those who are not root, or without /dev/net/tun.
     """
     with open_own_namespace() as namespace, ExitStack() as held:
         _make_bridge(namespace)

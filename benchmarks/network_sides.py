@@ -24,7 +24,7 @@ MEMORY_MIB: Final = 256
 _SERVE: Final = f"""\
 set -e
 {" ".join(iperf("-s", "-D"))}
-busybox tcpsvd -E 0.0.0.0 {ECHO} cat </dev/null >/dev/null 2>&1 &
+busybox nc -ll -p {ECHO} -e cat </dev/null >/dev/null 2>&1 &
 for port in {PORT:04X} {ECHO:04X}; do
     until busybox grep -q ":$port .* 0A " /proc/net/tcp /proc/net/tcp6; do sleep 0.1; done
 done

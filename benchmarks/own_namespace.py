@@ -26,9 +26,10 @@ class OwnNamespace:
         self.started: list[subprocess.Popen[bytes]] = []
 
     def run(self, *argv: str) -> None:
-        """Run a command there to its end; CalledProcessError, with what it said, if it fails."""
-        run = partial(subprocess.run, check=True, capture_output=True, timeout=TIMEOUT_S)
-        self._do(lambda: run(argv))
+        """Run a command there to its end; OSError, with what it said, if it fails."""
+        run = partial(subprocess.run, argv, capture_output=True, text=True, timeout=TIMEOUT_S)
+        if (done := self._do(run)).returncode != 0:
+            raise OSError(f"{' '.join(argv)}: {done.stderr.strip()}")
 
     def start(self, argv: Sequence[str], **streams: Any) -> subprocess.Popen[bytes]:
         """Start a process there; it ends with the namespace at the latest."""

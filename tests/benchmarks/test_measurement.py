@@ -34,6 +34,20 @@ def test_the_ratio_is_the_median_of_the_rounds_and_not_of_the_medians() -> None:
     assert compared.ratio == 2.0
 
 
+def test_of_a_rate_more_is_better() -> None:
+    compared = Measurement(
+        benchmark="network",
+        what="throughput",
+        unit=Unit.MEGABITS_PER_SECOND,
+        values=(200.0, 100.0),
+        how="",
+        peer="by hand",
+        peer_values=(100.0, 50.0),
+    )
+
+    assert compared.ratio == 2.0
+
+
 def test_without_a_peer_there_is_no_ratio() -> None:
     alone = Measurement(benchmark="b", what="w", unit=Unit.SECONDS, values=(1.0,), how="")
 
