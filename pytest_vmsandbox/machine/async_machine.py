@@ -115,6 +115,7 @@ class AsyncMachine(Face):
     wait_for_port = awaitable(MachineController.wait_for_port)
     connect = awaitable(MachineController.connect)
     forward = awaitable(MachineController.forward)
+    ssh_config = awaitable(MachineController.ssh_config)
     push = awaitable(MachineController.push)
     pull = awaitable(MachineController.pull)
     read_bytes = awaitable(MachineController.read_bytes)

@@ -10,17 +10,17 @@ import re
 from pathlib import Path
 
 from pytest_vmsandbox.machine.build import Build
-from pytest_vmsandbox.machine.commands import CONDITION_S, Commands
+from pytest_vmsandbox.machine.commands import CONDITION_S
 from pytest_vmsandbox.machine.copies import Copies
 from pytest_vmsandbox.machine.files import Files
-from pytest_vmsandbox.machine.ports import Ports
+from pytest_vmsandbox.machine.ssh import Ssh
 from pytest_vmsandbox.vmm.qemu import card_id
 
 # Where the VMM leaves a picture of its display, in its own directory; the next one replaces it.
 PICTURE = "screenshot.png"
 
 
-class MachineController(Copies, Commands, Files, Ports):
+class MachineController(Copies, Ssh, Files):
     """One machine, from its first power on to its end."""
 
     def __init__(self, build: Build) -> None:

@@ -113,6 +113,7 @@ class Machine(Face):
     wait_for_port = blocking(MachineController.wait_for_port)
     connect = blocking(MachineController.connect)
     forward = blocking(MachineController.forward)
+    ssh_config = blocking(MachineController.ssh_config)
     push = blocking(MachineController.push)
     pull = blocking(MachineController.pull)
     read_bytes = blocking(MachineController.read_bytes)

@@ -12,7 +12,7 @@ PREPARE = Path(__file__).parents[2] / ".ci" / "prepare"
 
 # What prepare runs itself, and what it looks for.
 TOOLS = ["sh", "cat", "cut", "sed", "dirname", "touch", "mkdir"]
-PROGRAMS = ["qemu-system-x86_64", "mke2fs", "setpriv", "setfacl", "newuidmap"]
+PROGRAMS = ["qemu-system-x86_64", "mke2fs", "setpriv", "setfacl", "newuidmap", "ssh"]
 
 PYTHON = """#!/bin/sh
 echo "python $*" >>"$LOG"
