@@ -33,6 +33,9 @@ class SocketEnd:
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._sock.settimeout(0)
+        # What came in pieces goes on in pieces: Nagle's algorithm would hold the second back until
+        # the other side has acknowledged the first, which may take it 40 ms (tcp(7)).
+        self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     async def read(self, limit: int) -> bytes:
         """Part of ByteEnd."""

@@ -21,6 +21,10 @@ _ETH_P_ALL = 0x0003
 _SOL_PACKET = 263
 _PACKET_IGNORE_OUTGOING = 23
 
+# What may wait for the switch at the host's end, as far as the host allows (rmem_max): the kernel
+# sends bursts, and what does not fit is lost without a word.
+_WAITING_BYTES = 4 << 20
+
 
 def open_host_end(number: int) -> socket.socket:
     """Make the host's end of that network: a packet socket for what passes between the two.
@@ -63,6 +67,7 @@ def _packet_socket(interface: str) -> socket.socket:
     sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
     try:
         sock.setsockopt(_SOL_PACKET, _PACKET_IGNORE_OUTGOING, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _WAITING_BYTES)
         sock.bind((interface, _ETH_P_ALL))
     except BaseException:
         sock.close()
