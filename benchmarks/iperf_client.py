@@ -25,6 +25,7 @@ RETRY_S: Final = 0.1
 
 _COOKIE_BYTES: Final = 36
 _PARAM_EXCHANGE, _CREATE_STREAMS, _TEST_START, _TEST_RUNNING = 9, 10, 1, 2
+_ACCESS_DENIED = -1
 _TEST_END, _EXCHANGE_RESULTS, _DISPLAY_RESULTS, _IPERF_DONE = 4, 13, 14, 16
 
 
@@ -73,22 +74,24 @@ def _begin(dial: Callable[[], socket.socket], cookie: bytes) -> socket.socket:
     """The control connection of a test that the server has accepted."""
     deadline = Deadline.after(seconds=ANSWER_S)
     while True:
-        control = dial()
+        # It turns away who comes before it has done with the test before.
         try:
-            control.settimeout(ANSWER_S)
-            control.sendall(cookie)
-            _require(control, _PARAM_EXCHANGE)
+            return _accepted(dial(), cookie)
         except ConnectionError:
-            # After each test it listens anew, and turns away who came too early for that.
-            control.close()
             if deadline.passed:
                 raise
             time.sleep(RETRY_S)
-        except BaseException:
-            control.close()
-            raise
-        else:
-            return control
+
+
+def _accepted(control: socket.socket, cookie: bytes) -> socket.socket:
+    try:
+        control.settimeout(ANSWER_S)
+        control.sendall(cookie)
+        _require(control, _PARAM_EXCHANGE)
+    except BaseException:
+        control.close()
+        raise
+    return control
 
 
 def _fill(stream: socket.socket, seconds: float) -> int:
@@ -119,6 +122,8 @@ def _say(control: socket.socket, state: int) -> None:
 
 def _require(control: socket.socket, wanted: int) -> None:
     (state,) = struct.unpack("b", _receive(control, 1))
+    if state == _ACCESS_DENIED:
+        raise ConnectionRefusedError("iperf3's server is still busy with another test")
     if state != wanted:
         raise RuntimeError(f"iperf3's server is in state {state}, not {wanted}")
 
