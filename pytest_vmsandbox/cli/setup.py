@@ -282,7 +282,7 @@ def _package_status(name: str) -> str:
 
 
 _PROGRAM_OF = dict(
-    zip(PACKAGES, ("setfacl", "sudo", "newuidmap", "mke2fs", "nft"), strict=True),
+    zip(PACKAGES, ("setfacl", "sudo", "newuidmap", "mke2fs"), strict=True),
 )
 
 

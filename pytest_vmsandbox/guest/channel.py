@@ -277,10 +277,13 @@ class Channel:
         interface: str,
         addresses: Sequence[IPv4Interface | IPv6Interface],
         *,
-        gateway: IPv4Address | IPv6Address | None = None,
+        gateways: Sequence[IPv4Address | IPv6Address] = (),
     ) -> None:
-        """Give `interface` these addresses instead of those it has, and bring it up."""
-        more = encode_addresses(addresses, gateway)
+        """Give `interface` these addresses instead of those it has, and bring it up.
+
+        The default routes go by way of `gateways`, at most one of IPv4 and one of IPv6.
+        """
+        more = encode_addresses(addresses, gateways)
         await files.perform(self, TransferKind.ADDRESSES, path=interface, more=more)
 
     async def sync(self) -> None:

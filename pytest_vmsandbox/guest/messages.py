@@ -223,15 +223,16 @@ def encode_transfer(  # noqa: PLR0913 - the fields of one message
 
 
 def encode_addresses(
-    addresses: Sequence[IPv4Interface | IPv6Interface], gateway: IPv4Address | IPv6Address | None
+    addresses: Sequence[IPv4Interface | IPv6Interface],
+    gateways: Sequence[IPv4Address | IPv6Address],
 ) -> bytes:
     """The part of an ADDRESSES transfer behind the interface's name."""
     parts = [bytes((len(addresses),))]
     for address in addresses:
         packed = address.ip.packed
         parts.append(bytes((len(packed),)) + packed + bytes((address.network.prefixlen,)))
-    packed = gateway.packed if gateway else b""
-    return b"".join((*parts, bytes((len(packed),)), packed))
+    parts += [bytes((len(gateway.packed),)) + gateway.packed for gateway in gateways]
+    return b"".join(parts)
 
 
 def parse_failure(payload: memoryview) -> OSError:

@@ -44,7 +44,7 @@ NEEDS: Mapping[Capability, str] = MappingProxyType(
         Capability.JAIL: "namespaces, read-only binds and pivot_root",
         Capability.BRIDGE: "bridges in a network namespace",
         Capability.TAP: "taps in a network namespace",
-        Capability.NAT: "address translation by nftables in a network namespace",
+        Capability.NAT: "a QEMU with user-mode networking",
         Capability.CGROUPS: "a control group that limits memory or processes",
         Capability.IMAGE_BUILDER: "the programs that build images",
     }

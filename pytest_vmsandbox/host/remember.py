@@ -28,7 +28,7 @@ from pytest_vmsandbox.host.setup_record import RECORD
 from pytest_vmsandbox.linux.process_identity import read_boot_id
 
 # Grows with every change of a probe, so that nothing an older one said is believed.
-PROBES_VERSION = 6
+PROBES_VERSION = 7
 
 _DISTRIBUTION = "pytest-vmsandbox"
 

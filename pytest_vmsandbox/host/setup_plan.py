@@ -15,7 +15,7 @@ from pytest_vmsandbox.host.permissions import QEMU_VM_USER
 from pytest_vmsandbox.host.setup_record import RECORD, SetupRecord
 
 # Beside QEMU's own, which the processor decides.
-PACKAGES = ("acl", "sudo", "uidmap", "e2fsprogs", "nftables")
+PACKAGES = ("acl", "sudo", "uidmap", "e2fsprogs")
 
 SUDOERS_FILE = "/etc/sudoers.d/vmsandbox"
 UDEV_FILE = "/etc/udev/rules.d/65-vmsandbox-kvm.rules"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -136,16 +136,19 @@ async def survey(trial: Trial) -> HostFacts:
     )
 
 
-async def _survey_machines(trial: Trial) -> tuple[tuple[Fact, Fact], QemuBuild | None, float]:
-    """QEMU, KVM and the speed of TCG; these two only with a QEMU that starts."""
+async def _survey_machines(trial: Trial) -> tuple[Sequence[Fact], QemuBuild | None, float]:
+    """QEMU, KVM, the way out and the speed of TCG: all of them only with a QEMU that starts."""
     qemu, build = await probe_qemu(trial)
     if build is None:
-        return (qemu, await probe_kvm(trial, qemu=None)), None, 1.0
+        nat = await probe_nat(trial, qemu=None)
+        return (qemu, await probe_kvm(trial, qemu=None), nat), None, 1.0
     program = Path(build.path)
-    kvm, time_scale = await asyncio.gather(
-        probe_kvm(trial, qemu=program), measure_time_scale(trial, qemu=program)
+    kvm, time_scale, nat = await asyncio.gather(
+        probe_kvm(trial, qemu=program),
+        measure_time_scale(trial, qemu=program),
+        probe_nat(trial, qemu=program),
     )
-    return (qemu, kvm), build, time_scale
+    return (qemu, kvm, nat), build, time_scale
 
 
 async def _survey_ground(trial: Trial) -> list[Fact]:
@@ -177,13 +180,10 @@ async def _survey_walls(trial: Trial, ways: Iterable[Tier]) -> tuple[Fact, ...]:
         if jail.present:
             break
     if not jail.present or jail.tier is None:
-        wires = (Capability.BRIDGE, Capability.TAP, Capability.NAT, Capability.CGROUPS)
+        wires = (Capability.BRIDGE, Capability.TAP, Capability.CGROUPS)
         return jail, *map(_no_way_to, wires)
     return jail, *await asyncio.gather(
-        *(
-            probe(trial, tier=jail.tier)
-            for probe in (probe_bridge, probe_tap, probe_nat, probe_cgroups)
-        )
+        *(probe(trial, tier=jail.tier) for probe in (probe_bridge, probe_tap, probe_cgroups))
     )
 
 

@@ -6,7 +6,7 @@ Nothing else of the host is in it: no home, no /etc but the linker's cache, no /
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from pytest_vmsandbox.warden.steps import Bind, Device, Proc, ReadOnly, Step, Symlink, Tmpfs
@@ -30,13 +30,17 @@ _BREWED = (*_INSTALLED, "Cellar", "opt")
 _DEVICES = ("null", "zero", "urandom")
 
 
-def plan_vmm_view(program: Path, *, kvm: bool) -> tuple[Step, ...]:
-    """The steps that make the view of a VMM whose program is `program`, an absolute path."""
+def plan_vmm_view(program: Path, *, kvm: bool, shown: Sequence[Bind] = ()) -> tuple[Step, ...]:
+    """The steps that make the view of a VMM whose program is `program`, an absolute path.
+
+    `shown` is in it as well.
+    """
     return (
         Tmpfs(target="/", size_mib=1),
         *_programs(program),
         *(Device(name=name) for name in _DEVICES),
         *((Device(name="kvm"),) if kvm else ()),
+        *shown,
         Tmpfs(target=str(ROOM), size_mib=ROOM_MIB, mode=0o700),
         Proc(target="/proc"),
         ReadOnly(target="/", writable=(str(ROOM),)),

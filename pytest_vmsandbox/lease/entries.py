@@ -22,6 +22,7 @@ class Role(StrEnum):
     WARDEN = "warden"
     VMM = "vmm"
     SWITCH = "switch"
+    GATEWAY = "gateway"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

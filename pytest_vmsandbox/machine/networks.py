@@ -13,10 +13,13 @@ from pathlib import Path
 
 from pytest_vmsandbox.errors import NetworkFailed, RequestInvalid, TimedOut
 from pytest_vmsandbox.host.facts import Tier
+from pytest_vmsandbox.machine.kept_gateway import KeptGateway, StartGateway
 from pytest_vmsandbox.machine.wires import PluggedWires, Wires
-from pytest_vmsandbox.network.addresses import NETWORKS, Address, Lessor
+from pytest_vmsandbox.network.addresses import NETWORKS, WAY_OUT, Address, Lessor
 from pytest_vmsandbox.network.client import SwitchLine
 from pytest_vmsandbox.network.impairment import Impairment
+from pytest_vmsandbox.network.topology import NAT
+from pytest_vmsandbox.network.way_out import WayOut
 
 StartSwitch = Callable[[Tier], AbstractAsyncContextManager[SwitchLine]]
 
@@ -46,11 +49,13 @@ class _Network:
 class Networks:
     """Networks by name. One exists while a machine is on it; the switch, from first need on.
 
-    The switch is started in the tier of the first machine that is on a network.
+    The switch, and the gateway of the one with a way out, are started in the tier of the first
+    machine that is on a network.
     """
 
-    def __init__(self, start: StartSwitch) -> None:
+    def __init__(self, start: StartSwitch, start_gateway: StartGateway) -> None:
         self._start = start
+        self._gateway = KeptGateway(start_gateway)
         self._networks: dict[str, _Network] = {}
         self._running = AsyncExitStack()
         self._tier: Tier | None = None
@@ -58,7 +63,12 @@ class Networks:
         self._starting = asyncio.Lock()
         self._captures = count(1)
         self._capturing: dict[int, SwitchLine] = {}
-        self.lost: list[str] = []
+        self._replaced: list[str] = []
+
+    @property
+    def lost(self) -> Sequence[str]:
+        """What carried them and has died."""
+        return (*self._replaced, *self._gateway.lost)
 
     def join(self, machine: str, former: Wires, *, tier: Tier) -> Wires:
         """A machine's places on its networks, which are made where they are not there yet.
@@ -85,7 +95,8 @@ class Networks:
         return wires
 
     async def close(self) -> None:
-        """End the switch."""
+        """End the switch, and the gateway."""
+        await self._gateway.close()
         self._line = None
         await self._running.aclose()
 
@@ -98,7 +109,11 @@ class Networks:
             # Those who are plugged into a switch that has ended hear nothing any more, and stay
             # together with whoever joins them; once all of them are off, they get another.
             there.line = await self._switch()
-        await there.line.plug(there.number, name, card)
+        machine = None
+        if network == NAT:
+            await self._gateway.serve(there.line, tier=self._tier or Tier.BARE)
+            machine = there.lessor.number_of(name)
+        await there.line.plug(there.number, name, card, machine=machine)
         there.plugged.add(name)
 
     async def unplug(self, network: str, name: str, address: Address) -> None:
@@ -113,11 +128,16 @@ class Networks:
         """Part of Switch."""
         return self._networks[network].lessor.members
 
+    def way_out(self, network: str) -> WayOut | None:
+        """Part of Switch."""
+        return self._gateway.way_out if network == NAT else None
+
     def neighbours(self, wires: PluggedWires) -> Sequence[PluggedWires]:
         """Part of Switch."""
         found = {
             id(other): other
             for name in wires.addresses
+            if name != NAT  # where nobody reaches another
             for other in self._networks[name].members.values()
         }
         return [other for other in found.values() if other is not wires]
@@ -138,13 +158,20 @@ class Networks:
             del self._networks[name]
             if network.line is not None:
                 with suppress(NetworkFailed):  # it has ended, and remembers nothing
-                    await network.line.drop(network.number)
+                    await self._forget(name, network.line, network.number)
+
+    async def _forget(self, name: str, line: SwitchLine, number: int) -> None:
+        if name == NAT:  # its gateway stays
+            await line.cut(number, ())
+            await line.impair(number, Impairment())
+        else:
+            await line.drop(number)
 
     async def _switch(self) -> SwitchLine:
         """The switch that runs, started where none does."""
         async with self._starting:
             if self._line is not None and self._line.over:
-                self.lost.append("the switch of the networks died and was replaced")
+                self._replaced.append("the switch of the networks died and was replaced")
                 self._line = None
                 await self._running.aclose()
             if self._line is None:
@@ -241,7 +268,8 @@ class Networks:
     def _made(self, name: str) -> _Network:
         if name not in self._networks:
             taken = {each.number for each in self._networks.values()}
-            number = next((number for number in NETWORKS if number not in taken), None)
+            numbers = (WAY_OUT,) if name == NAT else NETWORKS
+            number = next((number for number in numbers if number not in taken), None)
             if number is None:
                 raise RequestInvalid(f"there are {len(NETWORKS)} networks already, and no more")
             self._networks[name] = _Network(lessor=Lessor(name=name, network=number))

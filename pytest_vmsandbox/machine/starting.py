@@ -35,7 +35,8 @@ async def open_running(
     """Start the VMM, prove that its sockets are its own, boot the guest; kill it on the way out.
 
     `on_started` is told as soon as there is something to look at, however the boot goes on.
-    Raises BootFailed, with what there was to see, when the guest does not come to answer.
+    Raises BootFailed, with what there was to see, when the guest does not come to answer, and
+    NetworkFailed when it does, but can't be given what belongs to its networks.
     Whatever is raised, no process and no connection is left.
     """
     deadline = Deadline.after(seconds=order.boot_s)
@@ -64,7 +65,7 @@ async def _close(running: Running) -> None:
 
 
 async def _booting(step: Coroutine[Any, Any, None], running: Running) -> None:
-    """Do a step of the boot; whatever goes wrong in it is a BootFailed."""
+    """Do a step of the boot; whatever goes wrong in it is a BootFailed, but for its networks."""
     did_not = "it did not boot" if running.order.frozen is None else "it could not be restored"
     try:
         await step
@@ -76,6 +77,8 @@ async def _booting(step: Coroutine[Any, Any, None], running: Running) -> None:
         # A line that breaks is mostly a sign that the VMM has ended: that says more.
         if not isinstance(error, TimedOut):
             await running.settle()
+        if isinstance(error, NetworkFailed) and not running.failure:
+            raise
         cause = running.failure.cause if running.failure else str(error)
         raise running.failed(BootFailed, f"{did_not}: {cause}") from error
     except OSError as error:  # of the guest's, or of the host's files

@@ -17,6 +17,8 @@ from pytest_vmsandbox.jail.off_loop import to_its_end
 from pytest_vmsandbox.machine.settings_file import read_settings, write_settings
 from pytest_vmsandbox.network.addresses import Address, placeholder_mac
 from pytest_vmsandbox.network.hosts import PATH, render_hosts
+from pytest_vmsandbox.network.topology import NAT
+from pytest_vmsandbox.network.way_out import RESOLV_CONF, WayOut, render_resolv_conf
 from pytest_vmsandbox.vmm.launch import Wire as WireEnd
 from pytest_vmsandbox.vmm.qemu import Card
 
@@ -120,8 +122,11 @@ class Switch(Protocol):
     def members(self, network: str) -> Mapping[str, Address]:
         """Who is on a network."""
 
+    def way_out(self, network: str) -> WayOut | None:
+        """How whoever is plugged in there reaches the world; None where he does not."""
+
     def neighbours(self, wires: PluggedWires) -> Sequence[PluggedWires]:
-        """The machines that share a network with it."""
+        """The machines that it reaches by a network."""
 
     async def left(self, wires: PluggedWires) -> None:
         """Its addresses are free again."""
@@ -185,13 +190,17 @@ class PluggedWires:
                 self._plugged.pop()
 
     async def furnish(self, channel: Channel) -> None:
-        """Part of Wires: addresses, and the names of all who are on the same networks.
+        """Part of Wires: addresses, ways out, and the names of all who are on the same networks.
 
-        NetworkFailed where the guest has no such card. Neighbours that run are told of this one.
+        NetworkFailed where the guest has no such card, or can't be given what belongs to it.
+        Neighbours that run are told of this one.
         """
         self._channel, self._known = None, {}
-        for former, address in zip(self._former, self.addresses.values(), strict=True):
-            await self._give_address(channel, former, address)
+        for former, (network, address) in zip(self._former, self.addresses.items(), strict=True):
+            way_out = self._switch.way_out(network)
+            await self._give_address(channel, former, address, way_out)
+            if way_out is not None:
+                await self._give_resolvers(channel, way_out)
         await self.resume(channel)
 
     async def resume(self, channel: Channel) -> None:
@@ -229,22 +238,33 @@ class PluggedWires:
         found: dict[str, Address] = {}
         for network in self.addresses:
             for name, address in self._switch.members(network).items():
-                found.setdefault(name, address)
+                if network != NAT or name == self.machine:  # there the others are not reached
+                    found.setdefault(name, address)
         return found
 
-    async def _give_address(self, channel: Channel, former: str, address: Address) -> None:
+    async def _give_address(
+        self, channel: Channel, former: str, address: Address, way_out: WayOut | None
+    ) -> None:
         card = f"{former},{address.mac}"
         wanted = (address.ipv4, address.ipv6)
+        gateways = way_out.gateways if way_out else ()
         try:
-            await channel.set_addresses(card, wanted)
+            await channel.set_addresses(card, wanted, gateways=gateways)
         except OSError as error:
             if error.errno != errno.ENODEV:
                 raise self._failed(address, error) from error
             await load_driver(channel)
             try:
-                await channel.set_addresses(card, wanted)
+                await channel.set_addresses(card, wanted, gateways=gateways)
             except OSError as again:
                 raise self._failed(address, again) from again
+
+    async def _give_resolvers(self, channel: Channel, way_out: WayOut) -> None:
+        text = render_resolv_conf(way_out.resolvers)
+        try:
+            await channel.write_file(str(RESOLV_CONF), text.encode(), mode=0o644)
+        except OSError as error:
+            raise NetworkFailed(f"{self.machine} can't be told its resolver: {error}") from error
 
     def _failed(self, address: Address, error: OSError) -> NetworkFailed:
         return NetworkFailed(

@@ -39,6 +39,11 @@ from pytest_vmsandbox.machine.build import Build
 from pytest_vmsandbox.machine.controller import MachineController
 from pytest_vmsandbox.machine.disk_plan import plan_disks
 from pytest_vmsandbox.machine.engine import Engine
+from pytest_vmsandbox.machine.gateway_launcher import (
+    Gateway,
+    open_bare_gateway,
+    open_walled_gateway,
+)
 from pytest_vmsandbox.machine.lifecycles import Lifecycles
 from pytest_vmsandbox.machine.networks import Networks
 from pytest_vmsandbox.machine.nursery import Hold, WorkerNursery
@@ -54,6 +59,7 @@ from pytest_vmsandbox.machine.warden_launcher import WardenLauncher
 from pytest_vmsandbox.machine.wardens import Wardens
 from pytest_vmsandbox.machine.wires import LooseWires
 from pytest_vmsandbox.network.client import SwitchLine
+from pytest_vmsandbox.network.topology import NAT
 from pytest_vmsandbox.vmm.bare import BareLauncher
 from pytest_vmsandbox.vmm.launch import Launcher
 from pytest_vmsandbox.vmm.qemu import MODULES_SERIAL, MachineType, QemuConfig
@@ -106,7 +112,7 @@ class Worker:
         self._facts: HostFacts | None = None
         self._wardens = Wardens()
         self._entering = asyncio.Lock()
-        self.networks = Networks(self._open_switch)
+        self.networks = Networks(self._open_switch, self._open_gateway)
         # Those that tests prepared, by name.
         self.prepared: dict[str, Template] = {}
         self.templates = Templates(
@@ -262,6 +268,24 @@ class Worker:
             async with opened as line:
                 yield line
 
+    @asynccontextmanager
+    async def _open_gateway(self, tier: Tier) -> AsyncIterator[Gateway]:
+        """The gateway of this worker's network with a way out."""
+        directory, facts = await self._entered(), await self._known_facts()
+        facts.require(Capability.QEMU)
+        assert facts.qemu is not None  # what was just required has found it
+        log = directory.path / "gateway.log"
+        entry = ProcessEntry(role=Role.GATEWAY, tier=tier)
+        with directory.ledger.recorded(entry) as number:
+            started = partial(directory.ledger.identify, number)
+            if tier is Tier.BARE:
+                opened = open_bare_gateway(facts.qemu, log=log, started=started)
+            else:
+                warden = await self._warden(tier)
+                opened = open_walled_gateway(warden, facts.qemu, log=log, started=started)
+            async with opened as gateway:
+                yield gateway
+
     async def _boot(self, machine: MachineController) -> None:
         if machine.is_on:
             return
@@ -346,6 +370,8 @@ class Worker:
         facts = await self._known_facts()
         facts.require(Capability.QEMU)
         assert facts.qemu is not None  # what was just required has found it
+        if NAT in spec.networks:
+            facts.require(Capability.NAT)
         walled = Capability.JAIL in self.settings.required
         tier = (require_walls if walled else require_tier)(spec.tier, facts)
         image = await self.image(spec.image)

@@ -28,7 +28,9 @@ MODULES = tuple(
         "linux.rtnetlink",
         "linux.sock_diag",
         "network.addresses",
+        "network.border",
         "network.frames",
+        "network.guarded_hub",
         "network.host_end",
         "network.hub",
         "network.impairment",
@@ -77,9 +79,23 @@ class SwitchLine:
 
     # What it can be asked for
 
-    async def plug(self, network: int, name: str, card: socket.socket) -> None:
-        """Carry what the other end of `card` sends; `card` stays the caller's."""
-        await self._ask("plug", [card.fileno()], network=network, port=name)
+    async def plug(
+        self, network: int, name: str, card: socket.socket, *, machine: int | None = None
+    ) -> None:
+        """Carry what the other end of `card` sends; `card` stays the caller's.
+
+        On a network with a way out, `machine` is its number there, in whose name alone it speaks.
+        """
+        await self._ask("plug", [card.fileno()], network=network, port=name, machine=machine)
+
+    async def guard(self, network: int, gateway: socket.socket, resolvers: Sequence[str]) -> None:
+        """Make it a network with a way out, by this gateway, or by this one instead of another.
+
+        To be asked before anybody is plugged in there. Beyond it, and at the `resolvers` there,
+        nothing of the gateway or of the host is reached (border.py).
+        """
+        answered = list(resolvers)
+        await self._ask("guard", [gateway.fileno()], network=network, resolvers=answered)
 
     async def unplug(self, network: int, name: str, addresses: Sequence[str]) -> None:
         """Carry it no more; whoever was connected to these addresses from here gets an error."""

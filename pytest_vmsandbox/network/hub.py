@@ -32,7 +32,7 @@ class Counts:
 
 
 @dataclass(slots=True)
-class _Wire:
+class Wire:
     """What the hub knows of a port."""
 
     port: Port
@@ -49,7 +49,7 @@ class Hub:
         self.captures: dict[int, PcapWriter] = {}
         # Which losses there are follows from the frames alone, so that a run can be repeated.
         self._random = random or Random(0)  # noqa: S311 - no secret
-        self._wires: dict[str, _Wire] = {}
+        self._wires: dict[str, Wire] = {}
         self._learned: dict[bytes, str] = {}
         self._cuts: frozenset[frozenset[str]] = frozenset()
         self._loop = asyncio.get_running_loop()
@@ -63,7 +63,7 @@ class Hub:
         """Carry what comes from this port, and bring it what is for it."""
         if port.name in self._wires:
             raise ValueError(f"there is a port {port.name} already")
-        self._wires[port.name] = _Wire(port)
+        self._wires[port.name] = Wire(port)
         port.start(self.carry)
 
     def unplug(self, name: str) -> None:
@@ -105,7 +105,7 @@ class Hub:
         for capture in self.captures.values():
             capture.write(frame, at_s=time.time())
 
-    def _learn(self, wire: _Wire, address: bytes) -> None:
+    def _learn(self, wire: Wire, address: bytes) -> None:
         known = self._learned.get(address)
         if known == wire.port.name or is_for_many(address):
             return
@@ -116,14 +116,14 @@ class Hub:
         self._learned[address] = wire.port.name
         wire.addresses.add(address)
 
-    def _targets(self, source: str, address: bytes) -> Iterator[_Wire]:
+    def _targets(self, source: str, address: bytes) -> Iterator[Wire]:
         known = None if is_for_many(address) else self._learned.get(address)
         if known is None:
             yield from (wire for name, wire in self._wires.items() if name != source)
         elif known != source:
             yield self._wires[known]
 
-    def _send(self, source: str, target: _Wire, frame: bytes) -> bool:
+    def _send(self, source: str, target: Wire, frame: bytes) -> bool:
         """Offer it to a port, or have that done later; whether the port is to be flushed now."""
         if self._cuts and frozenset((source, target.port.name)) in self._cuts:
             self.counts.cut += 1
@@ -140,7 +140,7 @@ class Hub:
             self._loop.call_later(delay_s, self._deliver_late, target, frame)
         return False
 
-    def _delay_s(self, target: _Wire, length: int) -> float | None:
+    def _delay_s(self, target: Wire, length: int) -> float | None:
         """In how many seconds it will have come; None where too much waits already."""
         wrong = self.impairment
         delay_s = wrong.delay_s + self._random.uniform(-wrong.jitter_s, wrong.jitter_s)
@@ -153,11 +153,11 @@ class Hub:
             delay_s += target.free_at - now
         return max(0.0, delay_s)
 
-    def _deliver_late(self, target: _Wire, frame: bytes) -> None:
+    def _deliver_late(self, target: Wire, frame: bytes) -> None:
         if self._wires.get(target.port.name) is target and self._offer(target, frame):
             target.port.flush()
 
-    def _offer(self, target: _Wire, frame: bytes) -> bool:
+    def _offer(self, target: Wire, frame: bytes) -> bool:
         if target.port.offer(frame):
             self.counts.carried += 1
             return True

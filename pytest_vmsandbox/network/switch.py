@@ -19,6 +19,8 @@ from ipaddress import ip_address
 from typing import Any
 
 from pytest_vmsandbox.linux.sock_diag import destroy_connections
+from pytest_vmsandbox.network.border import Border
+from pytest_vmsandbox.network.guarded_hub import GATEWAY_PORT, GuardedHub
 from pytest_vmsandbox.network.host_end import close_host_end, open_host_end
 from pytest_vmsandbox.network.hub import Hub
 from pytest_vmsandbox.network.impairment import Impairment
@@ -54,6 +56,7 @@ class _Switch:
         self._failure: BaseException | None = None
         self._operations: dict[str, Callable[[dict[str, Any], list[int]], dict[str, Any]]] = {
             "plug": self._plug,
+            "guard": self._guard,
             "unplug": self._unplug,
             "cut": self._cut,
             "impair": self._impair,
@@ -135,7 +138,23 @@ class _Switch:
         hub = self._hub(form)
         if form["port"] in hub.ports:
             raise ValueError(f"there is a port {form['port']} already")
-        hub.plug(StreamPort(form["port"], socket.socket(fileno=descriptor)))
+        port = StreamPort(form["port"], socket.socket(fileno=descriptor))
+        if isinstance(hub, GuardedHub):
+            hub.plug_machine(port, form["machine"])
+        else:
+            hub.plug(port)
+        return {}
+
+    def _guard(self, form: dict[str, Any], descriptors: list[int]) -> dict[str, Any]:
+        (descriptor,) = descriptors
+        border = Border(tuple(form["resolvers"]))
+        hub = self._hubs.setdefault(form["network"], GuardedHub(border))
+        if not isinstance(hub, GuardedHub):
+            raise ValueError("it is a network without a way out")
+        if GATEWAY_PORT in hub.ports:
+            hub.unplug(GATEWAY_PORT)
+        hub.border = border
+        hub.plug(StreamPort(GATEWAY_PORT, socket.socket(fileno=descriptor)))
         return {}
 
     def _unplug(self, form: dict[str, Any], _: list[int]) -> dict[str, Any]:

@@ -9,11 +9,13 @@ from pytest_vmsandbox.errors import RequestInvalid
 # As many as fit on QEMU's q35 beside the devices that every machine has.
 CARDS_AT_MOST = 8
 
+# The one with a way out to the world.
+NAT = "nat"
+
 # A word that people choose; it is never an interface's name, so its length is theirs.
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")
 # Names that mean something else than "the machines that say the same name".
 _RESERVED = {
-    "nat": "a way out of the machines' own networks is not offered",
     "host": "no machine is ever on the host's own network",
     "none": "network=None is a machine without a card",
 }

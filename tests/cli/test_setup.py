@@ -351,13 +351,17 @@ def test_a_host_without_a_program_that_a_step_takes_is_told(
 def test_a_host_without_dpkg_that_lacks_packages_is_told_which(
     copy: Copy, words: tuple[str, ...]
 ) -> None:
-    copy.run("sh", "-c", 'rm "$(command -v dpkg-query)" "$(command -v apt-get)" /usr/sbin/nft')
+    copy.run(
+        "sh",
+        "-c",
+        'rm "$(command -v dpkg-query)" "$(command -v apt-get)" "$(command -v newuidmap)"',
+    )
 
     done = copy.setup("--user", USER, *words)
 
     assert done.returncode == 1
     assert "install these yourself:" in done.stdout
-    assert "nftables" in done.stdout
+    assert "uidmap" in done.stdout
     assert "Traceback" not in done.stderr
 
 

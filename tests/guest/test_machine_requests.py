@@ -145,13 +145,15 @@ async def test_addresses_replace_those_that_were_there(own_machine: Channel) -> 
         "eth0", [ip_interface("10.9.8.7/24"), ip_interface("10.9.8.8/24")]
     )
     wanted = [ip_interface("10.1.2.3/16"), ip_interface("fd00::5/64")]
-    await own_machine.set_addresses("eth0", wanted, gateway=ip_address("10.1.0.1"))
+    ways = [ip_address("10.1.0.1"), ip_address("fd00::1")]
+    await own_machine.set_addresses("eth0", wanted, gateways=ways)
     shown = await output_of(
         own_machine, "ip", "-brief", "address", "show", "eth0", "scope", "global"
     )
 
     assert shown.split()[2:] == ["10.1.2.3/16", "fd00::5/64"]
     assert "default via 10.1.0.1 dev eth0" in await output_of(own_machine, "ip", "route")
+    assert "default via fd00::1 dev eth0" in await output_of(own_machine, "ip", "-6", "route")
     with pytest.raises(OSError, match="no-such"):
         await own_machine.set_addresses("no-such", wanted)
 

@@ -141,6 +141,7 @@ static void add_default_route(unsigned int index, const unsigned char *gateway, 
     m.body.route.rtm_table = RT_TABLE_MAIN;
     m.body.route.rtm_protocol = RTPROT_STATIC;
     m.body.route.rtm_type = RTN_UNICAST;
+    m.body.route.rtm_flags = RTNH_F_ONLINK; /* a card that has no carrier yet has no route to its own network */
     attach(&m, RTA_GATEWAY, gateway, length);
     attach(&m, RTA_OIF, &index, sizeof index);
     ask(&m, 0);
@@ -199,7 +200,7 @@ static unsigned int find_interface(const char *interface)
     return index;
 }
 
-/* After the interface's name: u8 count, then as often (address, u8 prefix length); then the gateway. */
+/* After the interface's name: u8 count, then as often (address, u8 prefix length); then the gateways. */
 void machine_set_addresses(const char *interface, struct reader *r)
 {
     unsigned char bytes[16], gateway[16];
@@ -219,7 +220,10 @@ void machine_set_addresses(const char *interface, struct reader *r)
         add_address(index, bytes, length, prefix);
     }
     raise_interface(index);
-    size_t length = read_address(r, gateway);
-    if (length && !r->bad)
-        add_default_route(index, gateway, length);
+    device = "a default route";
+    while (r->at < r->end && !r->bad) {
+        size_t length = read_address(r, gateway);
+        if (length)
+            add_default_route(index, gateway, length);
+    }
 }

@@ -19,7 +19,6 @@ import fcntl
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import struct
@@ -46,11 +45,6 @@ TUNSETIFF, IFF_TAP, IFF_NO_PI = 0x400454CA, 0x2, 0x1000
 INTERFACE = "vms-probe"
 TUN_DEVICE = "/dev/net/tun"
 GROUP_PREFIX = "vmsandbox-probe-"
-RULES = """\
-add table ip vms_probe
-add chain ip vms_probe out { type nat hook postrouting priority 100; }
-add rule ip vms_probe out ip saddr 192.0.2.0/24 masquerade
-"""
 
 # Covered by a tmpfs in a mount namespace of our own: every host has it, and anybody may reach it.
 EMPTIED = "/tmp"  # noqa: S108 -- nothing is ever written to the host's
@@ -140,32 +134,6 @@ def try_tap() -> str:
         raise OSError(error.errno, f"TUNSETIFF: {error.strerror}", TUN_DEVICE) from error
     socket.if_nametoindex(INTERFACE)
     return "a tap was made, in a network namespace"
-
-
-def try_nat() -> str:
-    """Load a masquerade rule in a network namespace of our own, and read it back."""
-    nft = shutil.which("nft")
-    if nft is None:
-        raise Missing("no program nft")
-    run([nft, "-f", "-"], text=RULES)
-    if "masquerade" not in run([nft, "list", "table", "ip", "vms_probe"]):
-        raise Unusable("nft loaded a masquerade rule and does not list it")
-    return "a masquerade rule was loaded and read back, in a network namespace"
-
-
-def run(argv: list[str], *, text: str = "") -> str:
-    """The program's output; Unusable with its complaint when it fails."""
-    done = subprocess.run(
-        argv,
-        input=text,
-        capture_output=True,
-        encoding="utf-8",
-        errors="backslashreplace",
-        check=False,
-    )
-    if done.returncode:
-        raise Unusable(f"{argv[0]}: exit status {done.returncode}: {done.stderr.strip()[:200]}")
-    return done.stdout
 
 
 def try_cgroups() -> str:
@@ -301,7 +269,6 @@ TRIES: dict[str, tuple[int, Callable[[], str]]] = {
     "user_namespaces": (CLONE_NEWNS, try_user_namespaces),
     "bridge": (CLONE_NEWNET, try_bridge),
     "tap": (CLONE_NEWNET, try_tap),
-    "nat": (CLONE_NEWNET, try_nat),
     "cgroups": (0, try_cgroups),
 }
 

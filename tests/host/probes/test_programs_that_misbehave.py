@@ -41,7 +41,7 @@ async def kvm(trial: Trial) -> Fact:
 
 
 async def nat(trial: Trial) -> Fact:
-    return await probe_nat(trial, tier=Tier.USERNS)
+    return await probe_nat(trial, qemu=trial.find(QEMU))
 
 
 async def sudo_qemu_vm(trial: Trial) -> Fact:
@@ -58,6 +58,7 @@ Probe = Callable[[Trial], Coroutine[object, object, Fact]]
 PROBES: list[tuple[Probe, tuple[str, ...]]] = [
     (qemu, (QEMU,)),
     (kvm, (QEMU,)),
+    (nat, (QEMU,)),
     (probe_sudo, ("sudo",)),
     (sudo_qemu_vm, ("sudo",)),
     (jail_through_sudo, ("sudo",)),
@@ -175,32 +176,27 @@ async def test_an_answer_of_the_wrong_kind_makes_it_absent(
     assert fact.evidence.encode()  # it can be printed
 
 
-async def test_an_nft_that_hangs_is_ended_with_the_probe(
-    stub_trial: Trial, stubs: Stubs, hangs: str
+async def test_a_qemu_without_user_mode_networking_is_unusable(
+    stub_trial: Trial, stubs: Stubs
 ) -> None:
-    stubs.put("nft", hangs)
+    # As one says it that was built with --disable-slirp (net/net.c).
+    complaint = "Parameter 'type' expects a netdev backend type"
+    stubs.put(QEMU, f'echo "{complaint}" >&2; exit 1')
 
     fact = await nat(stub_trial)
 
-    assert not fact.present
-
-
-async def test_an_nft_that_lists_nothing_is_unusable(trial: Trial, stubs: Stubs) -> None:
-    stubs.put("nft", "exit 0")
-    with_stub = Trial(run_dir=trial.run_dir, search_path=f"{stubs.directory}:{trial.search_path}")
-
-    fact = await probe_nat(with_stub, tier=Tier.USERNS)
-
     assert fact.code == "VMS-NAT-UNUSABLE"
-    assert "does not list it" in fact.evidence
+    assert complaint in fact.evidence
+    (arguments,) = stubs.calls(QEMU)
+    assert "user,id=world" in arguments
 
 
-async def test_without_nft_nat_is_missing(stub_trial: Trial) -> None:
-    patient = Trial(run_dir=stub_trial.run_dir, search_path=stub_trial.search_path)
+async def test_a_qemu_that_ends_well_without_an_answer_proves_nothing(
+    stub_trial: Trial, stubs: Stubs
+) -> None:
+    stubs.put(QEMU, "exit 0")
 
-    fact = await nat(patient)
-
-    assert fact.code == "VMS-NAT-MISSING"
+    assert (await nat(stub_trial)).code == "VMS-NAT-UNUSABLE"
 
 
 async def test_a_sudo_that_makes_us_somebody_else_is_not_the_one_we_need(
