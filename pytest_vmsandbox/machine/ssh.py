@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from pytest_vmsandbox.errors import RequestInvalid, TimedOut
+from pytest_vmsandbox.jail.off_loop import run_off_loop
 from pytest_vmsandbox.machine.build import Build
 from pytest_vmsandbox.machine.commands import Commands
 from pytest_vmsandbox.machine.ports import Ports
@@ -85,7 +86,7 @@ class Ssh(Commands, Ports):
                 await self._make_host_keys()
             host_keys = await self._host_keys()
             await self._require_sshd(port, timeout)
-            key = await asyncio.to_thread(worker_key, directory.parent)
+            key = await run_off_loop(lambda: worker_key(directory.parent))
             letting_in = ["sh", "-c", _LET_IN, "sh", key.public]
             await self.run(letting_in, user=user, check=True)
             if port not in self._ssh_ports:

@@ -194,6 +194,16 @@ def test_the_wheel_has_nothing_else(wheel: Path) -> None:
     assert strangers == []
 
 
+def test_the_wheel_offers_testinfra_as_an_extra_and_needs_it_for_nothing_else(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        lines = archive.read(name).decode().splitlines()
+
+    assert "Provides-Extra: testinfra" in lines
+    (needed,) = (line for line in lines if line.startswith("Requires-Dist: pytest-testinfra"))
+    assert needed.endswith("; extra == 'testinfra'")
+
+
 def test_the_wheel_announces_plugin_and_command(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith("entry_points.txt"))
