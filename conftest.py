@@ -21,6 +21,9 @@ _MACHINE_FIXTURES = frozenset(
     }
 )
 
+# Of the runs of pytest that tests start: its plugin takes longer to import than all the others.
+_WITHOUT_HYPOTHESIS = "-p no:hypothesispytest"
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Declare the marks of this repository."""
@@ -32,6 +35,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if not _MACHINE_FIXTURES.isdisjoint(getattr(item, "fixturenames", ())):
             item.add_marker("machine")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _runs_without_hypothesis() -> Iterator[None]:
+    """By the environment, which this run and its workers have read already."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("PYTEST_ADDOPTS", _WITHOUT_HYPOTHESIS)
+        yield
+
+
+@pytest.fixture
+def pytester(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
+    """The same for its runs, for which it forgets that variable."""
+    monkeypatch.setenv("PYTEST_ADDOPTS", _WITHOUT_HYPOTHESIS)
+    return pytester
 
 
 @pytest.fixture

@@ -40,7 +40,7 @@ from tests.signals import send_signal
 
 pytestmark = [pytest.mark.machine, pytest.mark.timeout(1200)]
 
-MOMENTS = int(os.environ.get("VMSANDBOX_MOMENTS", "12"))
+MOMENTS = int(os.environ.get("VMSANDBOX_MOMENTS", "8"))
 SEED = int(os.environ.get("VMSANDBOX_SEED") or random.SystemRandom().randrange(1 << 32))
 
 # A machine of a victim takes about this long, in seconds, from its start to its end.

@@ -24,9 +24,11 @@ from pytest_vmsandbox.host.facts import Tier, Verdict, code_of
 from pytest_vmsandbox.machine.async_process import AsyncProcess
 from pytest_vmsandbox.machine.machine import MachineConsole
 from pytest_vmsandbox.machine.process import Process
+from pytest_vmsandbox.machine.templates.cache import TemplateCache
 from pytest_vmsandbox.plugin.hooks import FIXTURES
 from pytest_vmsandbox.plugin.markers import EXPECTATIONS, MARKERS
 from pytest_vmsandbox.plugin.options import OPTIONS
+from tests.machine.templates.handmade import frozen_by_hand, publish
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [CHECKOUT / "README.md", *sorted((CHECKOUT / "docs").glob("**/*.md"))]
@@ -121,10 +123,11 @@ def _ours(*, booting: bool) -> list[pytest.param]:  # type: ignore[valid-type]  
     ]
 
 
-def _run(shown: Shown) -> None:
+def _run(shown: Shown, **environment: str) -> None:
     program = "import sys; from pytest_vmsandbox.cli import main; sys.exit(main())"
     done = subprocess.run(
         [sys.executable, "-c", program, *shown.argv[1:]],
+        env={**os.environ, **environment},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -180,9 +183,18 @@ def test_every_python_block_compiles(block: Block) -> None:
     compile(block.text, str(block), "exec")
 
 
+@pytest.fixture(scope="module")
+def templates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache with a template: the user's may be large, and others change it meanwhile."""
+    directory = tmp_path_factory.mktemp("cache")
+    publish(TemplateCache(directory), frozen_by_hand(1)).close()
+    return directory
+
+
 @pytest.mark.parametrize("shown", _ours(booting=False))
-def test_a_command_that_is_shown_does_what_is_shown(shown: Shown) -> None:
-    _run(shown)
+def test_a_command_that_is_shown_does_what_is_shown(shown: Shown, templates: Path) -> None:
+    about_templates = shown.argv[:2] == ["vmsandbox", "cache"]
+    _run(shown, **({"VMSANDBOX_CACHE_DIR": str(templates)} if about_templates else {}))
 
 
 @pytest.mark.machine

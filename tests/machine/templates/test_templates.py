@@ -31,7 +31,7 @@ from tests.machine.templates.template_caches import make_cache
 
 pytestmark = [pytest.mark.machine, pytest.mark.timeout(900)]
 
-MOMENTS = int(os.environ.get("VMSANDBOX_MOMENTS", "3"))
+MOMENTS = int(os.environ.get("VMSANDBOX_MOMENTS", "2"))
 SEED = int(os.environ.get("VMSANDBOX_SEED") or random.SystemRandom().randrange(1 << 32))
 CHECKOUT = Path(__file__).resolve().parents[3]
 
