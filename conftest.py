@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-pytest_plugins = ["pytester", "tests.people"]
+pytest_plugins = ["pytester", "tests.homes", "tests.people"]
 
 # Tests count descriptors and processes: none may come to be for the test after them.
 os.environ.setdefault("VMSANDBOX_POOL", "off")

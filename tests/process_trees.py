@@ -26,7 +26,12 @@ class Part(StrEnum):
     OUTER = "warden, outer half"
     INNER = "warden, inner half"
     VMM = "VMM"
+    SWITCH = "switch"
     OTHER = "other"
+
+
+# What such a Python is, by what it descends from, or by what it runs.
+_PYTHONS = {Part.OUTER: Part.INNER, Part.INNER: Part.OTHER, Part.SWITCH: Part.SWITCH}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +89,9 @@ def _part(pid: int, *, below: Part) -> Part:
     if b"qemu-system" in argv[0]:
         return Part.VMM if below is Part.INNER or b"-nodefaults" in argv else Part.OTHER
     if any(word.startswith(_WARDEN) for word in argv):
-        return {Part.OUTER: Part.INNER, Part.INNER: Part.OTHER}.get(below, Part.OUTER)
+        if any(b".network.switch" in word for word in argv):
+            below = Part.SWITCH
+        return _PYTHONS.get(below, Part.OUTER)
     if below is Part.PYTEST and any(b"sys.stdin.readline" in word for word in argv):
         return Part.WORKER
     return Part.OTHER

@@ -6,10 +6,12 @@ import errno
 import os
 import socket
 import struct
-from ipaddress import IPv4Interface, IPv6Interface
+from dataclasses import dataclass
+from ipaddress import IPv4Interface, IPv4Network, IPv6Interface, IPv6Network
 from typing import Self
 
 _RTM_NEWLINK, _RTM_DELLINK, _RTM_NEWADDR = 16, 17, 20
+_RTM_NEWRULE, _RTM_DELRULE = 32, 33
 _NLM_F_REQUEST, _NLM_F_ACK, _NLM_F_EXCL, _NLM_F_CREATE = 0x1, 0x4, 0x200, 0x400
 _NLMSG_ERROR = 2
 
@@ -21,12 +23,31 @@ _IPV4_DEVCONF_FORWARDING = 1
 _IFA_ADDRESS, _IFA_LOCAL, _IFA_FLAGS = 1, 2, 8
 _IFA_F_NODAD = 0x02
 _IFF_UP = 0x1
+# <linux/fib_rules.h>
+_FRA_DST, _FRA_IIFNAME, _FRA_PRIORITY, _FRA_TABLE = 1, 3, 6, 15
+_FR_ACT_TO_TBL, _FR_ACT_BLACKHOLE = 1, 6
+LOCAL_TABLE = 255  # what is the host itself (ip-route(8))
 
 _HEADER = struct.Struct("=IHHII")  # struct nlmsghdr
 _LINK = struct.Struct("=BxHiII")  # struct ifinfomsg
 _ADDRESS = struct.Struct("=BBBBI")  # struct ifaddrmsg
 _ATTRIBUTE = struct.Struct("=HH")  # struct rtattr
+_RULE = struct.Struct("=BBBBBxxBI")  # struct fib_rule_hdr
 _ANSWER_BYTES = 65536
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rule:
+    """Where the kernel looks for the way of a packet (ip-rule(8)); the lowest priority is first.
+
+    For packets that came over `interface`, or all; to addresses in `to`, or all; of the family of
+    `to`. With a `table` of None they are dropped.
+    """
+
+    priority: int
+    to: IPv4Network | IPv6Network
+    interface: str = ""
+    table: int | None = LOCAL_TABLE
 
 
 class RouteSocket:
@@ -85,6 +106,18 @@ class RouteSocket:
         flags = _NLM_F_CREATE | _NLM_F_EXCL
         self._ask(_RTM_NEWADDR, body, flags, what=f"give {name} the address {address}")
 
+    def add_rule(self, rule: Rule) -> None:
+        """Add a rule; FileExistsError where there is that one.
+
+        OSError EOPNOTSUPP from a kernel without CONFIG_IP_MULTIPLE_TABLES.
+        """
+        flags = _NLM_F_CREATE | _NLM_F_EXCL
+        self._ask(_RTM_NEWRULE, _render_rule(rule), flags, what=f"add {rule}")
+
+    def delete_rule(self, rule: Rule) -> None:
+        """Remove a rule; FileNotFoundError where there is none such."""
+        self._ask(_RTM_DELRULE, _render_rule(rule), 0, what=f"delete {rule}")
+
     def _change(self, name: str, attributes: bytes, *, what: str, flags: int = 0) -> None:
         index = _index(name)
         body = _LINK.pack(socket.AF_UNSPEC, 0, index, flags, flags) + attributes
@@ -100,6 +133,21 @@ class RouteSocket:
             raise OSError(errno.EPROTO, f"rtnetlink: {what}: no answer but a message {told}")
         if error:
             raise OSError(-error, f"rtnetlink: {what}: {os.strerror(-error)}")
+
+
+def _render_rule(rule: Rule) -> bytes:
+    family = socket.AF_INET if rule.to.version == 4 else socket.AF_INET6  # noqa: PLR2004
+    action = _FR_ACT_BLACKHOLE if rule.table is None else _FR_ACT_TO_TBL
+    table = rule.table or 0
+    rendered = _RULE.pack(family, rule.to.prefixlen, 0, 0, table, action, 0)
+    if rule.to.prefixlen:
+        rendered += _attribute(_FRA_DST, rule.to.network_address.packed)
+    if rule.interface:
+        rendered += _text(_FRA_IIFNAME, rule.interface)
+    return rendered + b"".join(
+        _attribute(kind, struct.pack("=I", value))
+        for kind, value in ((_FRA_PRIORITY, rule.priority), (_FRA_TABLE, table))
+    )
 
 
 def _index(name: str) -> int:

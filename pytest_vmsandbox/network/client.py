@@ -34,6 +34,7 @@ MODULES = tuple(
         "network.host_end",
         "network.hub",
         "network.impairment",
+        "network.own_address",
         "network.pcap",
         "network.port",
         "network.switch",

@@ -14,6 +14,7 @@ from contextlib import ExitStack
 
 from pytest_vmsandbox.linux.rtnetlink import RouteSocket
 from pytest_vmsandbox.network.addresses import HOST_END, address_of
+from pytest_vmsandbox.network.own_address import take_all, take_only_own
 
 _SIOCETHTOOL = 0x8946
 _ETHTOOL_STXCSUM = 0x17
@@ -46,6 +47,7 @@ def open_host_end(number: int) -> socket.socket:
         # A namespace may be born with the host's settings (ip-sysctl, devconf_inherit_init_net):
         # where that forwards, two networks would reach each other through us.
         route.forbid_forwarding(inner)
+        take_only_own(route, inner, address)
         for each in (address.ipv4, address.ipv6):
             route.add_address(inner, each)
         undo.pop_all()
@@ -57,6 +59,7 @@ def close_host_end(number: int) -> None:
     inner, _ = _names(number)
     with RouteSocket() as route:
         route.delete(inner)
+        take_all(route, inner, address_of(number, HOST_END))
 
 
 def _names(number: int) -> tuple[str, str]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from pytest_vmsandbox.image.image import Image
 from pytest_vmsandbox.image.packages import PackageStore, Resolution
 from pytest_vmsandbox.image.progress import SilentProgress
 from pytest_vmsandbox.image.recipe import host_architecture, recipe_named
+from tests.compiled import compile_static
 
 FreshCache = Callable[[], Path]
 
@@ -70,10 +69,7 @@ def agent(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A static program that can be pid 1."""
     out = tmp_path_factory.mktemp("agent") / "init"
     source = Path(__file__).with_name("boot_init.c")
-    compiler = ["cc"] if shutil.which("cc") else [sys.executable, "-m", "ziglang", "cc"]
-    musl = ["-target", f"{host_architecture()}-linux-musl"] if len(compiler) > 1 else []
-    subprocess.run([*compiler, *musl, "-static", "-O1", "-o", out, source], check=True, timeout=200)
-    return out
+    return compile_static(source, out)
 
 
 @pytest.fixture(scope="session")

@@ -6,12 +6,12 @@ import errno
 import socket
 import subprocess
 from collections.abc import Callable
-from ipaddress import ip_interface
+from ipaddress import ip_interface, ip_network
 
 import pytest
 
 from pytest_vmsandbox.linux import CloneFlags, unshare
-from pytest_vmsandbox.linux.rtnetlink import RouteSocket
+from pytest_vmsandbox.linux.rtnetlink import RouteSocket, Rule
 
 InChild = Callable[..., None]
 
@@ -44,6 +44,44 @@ def test_a_pair_of_interfaces_is_made_addressed_brought_up_and_removed(in_room: 
 
             route.delete("one")
             assert {name for _, name in socket.if_nameindex()} == {"lo"}
+
+    in_room(body)
+
+
+def test_rules_decide_in_their_order_what_is_for_the_host_itself(in_room: InChild) -> None:
+    def body() -> None:
+        unshare(CloneFlags.NEWNET)
+        own, everything = ip_network("10.76.0.1/32"), ip_network("::/0")
+        rules = {
+            "20: from all lookup local": Rule(priority=20, to=everything),
+            "10: from all to 10.76.0.1 iif one lookup local": Rule(
+                priority=10, to=own, interface="one"
+            ),
+            "11: from all iif one blackhole": Rule(
+                priority=11, to=everything, interface="one", table=None
+            ),
+        }
+
+        def shown() -> set[str]:
+            said = b"".join(
+                subprocess.run(["ip", version, "rule"], capture_output=True, check=True).stdout
+                for version in ("-4", "-6")
+            )
+            lines = (" ".join(line.split()) for line in said.decode().splitlines())
+            return {line.replace(" [detached]", "") for line in lines}
+
+        before = shown()
+        with RouteSocket() as route:
+            for rule in rules.values():
+                route.add_rule(rule)
+            assert shown() - before == set(rules)
+            with pytest.raises(FileExistsError, match="priority=20"):
+                route.add_rule(rules["20: from all lookup local"])
+            for rule in rules.values():
+                route.delete_rule(rule)
+            assert shown() == before
+            with pytest.raises(FileNotFoundError, match="priority=20"):
+                route.delete_rule(rules["20: from all lookup local"])
 
     in_room(body)
 

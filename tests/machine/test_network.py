@@ -7,9 +7,11 @@ import contextlib
 import hashlib
 import os
 import re
+import signal
 import socket
 import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Thread
 
@@ -25,9 +27,13 @@ from pytest_vmsandbox import (
     RequestInvalid,
     TemplateBuilder,
 )
+from pytest_vmsandbox.lease.entries import ProcessEntry, Role
+from pytest_vmsandbox.lease.layout import LEDGER
+from pytest_vmsandbox.lease.ledger import read_ledger
+from pytest_vmsandbox.linux import ProcessIdentity
 from pytest_vmsandbox.machine.spec import MachineSpec
 from pytest_vmsandbox.machine.worker import Worker
-from pytest_vmsandbox.network.client import SwitchLine
+from tests.signals import send_signal
 
 
 def test_machines_on_one_network_reach_each_other_by_address_and_by_name(
@@ -429,20 +435,37 @@ async def test_coroutines_have_the_same(
     assert (await client.run(["ping", "-c", "1", "-W", "1", server.ip])).returncode != 0
 
 
-def test_when_the_switch_dies_it_is_said_and_those_that_come_have_another(
+def test_when_the_switch_is_killed_it_is_said_and_those_that_come_have_another(
     worker: Worker,
 ) -> None:
     engine, spec = worker.engine, MachineSpec(network="lan")
     machines = engine.run(worker.make([spec, spec]))
     engine.run(worker.boot(machines))
-    line = worker.networks._line
-    assert line is not None
-    engine.run(_hang_up(line))
+    one = machines[0]
+    engine.run(one.popen("nc -ll -p 7 -e sleep 1000"))
+    engine.run(one.wait_for_port(7))
+    clients = [
+        engine.run(one.connect(7)),
+        socket.create_connection(engine.run(one.forward(7))),
+    ]
+    with ThreadPoolExecutor() as threads:
+        waiting = [threads.submit(client.recv, 1) for client in clients]
+        time.sleep(0.3)
+        send_signal(_switch(worker).pid, signal.SIGKILL)
 
-    with pytest.raises(NetworkFailed, match="the switch has ended"):
-        engine.run(line.counts(0))
-    with pytest.raises(NetworkFailed, match="the switch has ended"):
-        engine.run(machines[0].connect(80))
+        for each in waiting:
+            assert isinstance(each.exception(timeout=15), ConnectionError)
+    for client in clients:
+        client.close()
+    for verb in (
+        lambda: one.connect(7),
+        lambda: worker.networks.partition([one.name], [machines[1].name], network=None),
+        lambda: worker.networks.counts(network="lan"),
+    ):
+        with pytest.raises(NetworkFailed, match="the switch has ended"):
+            engine.run(verb())
+    # The machines themselves are well.
+    assert engine.run(one.run("hostname")).returncode == 0
     engine.run(worker.end(machines))
 
     again = engine.run(worker.make([spec, spec]))
@@ -453,9 +476,13 @@ def test_when_the_switch_dies_it_is_said_and_those_that_come_have_another(
     assert any("switch" in incident for incident in worker.incidents)
 
 
-async def _hang_up(line: SwitchLine) -> None:
-    """Let go of the switch, which then ends, as if it had ended by itself."""
-    line._line.shutdown(socket.SHUT_RDWR)
+def _switch(worker: Worker) -> ProcessIdentity:
+    """The switch that runs, as the ledger knows it."""
+    entries = read_ledger(worker.directory.path / LEDGER).entries.values()
+    (switch,) = (e for e in entries if isinstance(e, ProcessEntry) and e.role is Role.SWITCH)
+    assert switch.identity is not None
+    assert switch.identity.is_alive()
+    return switch.identity
 
 
 def test_twins_are_machines_of_their_own_on_the_same_network(vm_factory: MachineFactory) -> None:

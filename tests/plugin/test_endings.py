@@ -26,8 +26,12 @@ GONE_S = 30.0
 
 SLEEPS = """
     import os, sys
+    import pytest
 
+    @pytest.mark.vm(network="lan")
     def test_it(vm):
+        with pytest.raises(ConnectionError):
+            vm.connect(22)  # so that the host has an end of the network
         pid = vm._controller._running.process.pid
         directory = vm._controller.build.config.directory.parent
         sys.__stderr__.write(f"UP {pid} {os.getpid()} {vm.facts.tier} {directory}\\n")
@@ -61,6 +65,7 @@ class _Run:
                     if member.part not in (Part.PYTEST, Part.WORKER)
                 ]
                 assert int(vmm) in {member.pid for member in self._others}
+                assert Part.SWITCH in {member.part for member in self._others}
                 assert tier == "bare" or {Part.OUTER, Part.INNER} <= {m.part for m in self._others}
                 return
         pytest.fail(f"the machine never came up\n{log.read_text(errors='replace')[-5000:]}")

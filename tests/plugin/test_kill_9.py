@@ -49,6 +49,8 @@ LATEST_S = 3.0
 ENDING_S = 60.0
 
 VICTIM = """
+    import pytest
+
     def test_one(vm):
         vm.run("sleep 0.3")
 
@@ -56,8 +58,11 @@ VICTIM = """
         root = ("/usr", "/usr", None, "bind"), ("/lib64", "/lib64", None, "bind")
         vm_jail.run(["/usr/bin/sleep", "0.5"], filesystem_root={root!r}, extra_mounts=root)
 
-    def test_two(vm):
-        vm.run("sleep 0.3")
+    def test_two_on_a_network(vm_factory):
+        one, two = vm_factory(count=2, network="lan")
+        with pytest.raises(ConnectionError):
+            one.connect(22)
+        one.run(["ping", "-c", "1", two.ip], check=True)
 """
 
 NEIGHBOUR = """

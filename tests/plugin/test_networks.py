@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
+import os
+import sys
 from collections.abc import Callable
 
 import pytest
+
+from tests.homes import WORLD, Home, NetworkNamespace
+from tests.network_state import Notices, read_state
 
 Run = Callable[..., pytest.RunResult]
 
@@ -33,47 +37,74 @@ def test_what_a_test_did_to_a_network_is_over_with_it(
     assert capture.stat().st_size > 24
 
 
-def _host() -> str:
-    """Links, addresses, routes and rules of the namespace that this test runs in."""
-    commands = ("ip -o link", "ip -o address", "ip route show table all", "ip -6 rule")
-    found = []
-    for command in commands:
-        done = subprocess.run(command.split(), capture_output=True, text=True, check=True)
-        found.append("\n".join(sorted(done.stdout.splitlines())))
-    return "\n".join(found)
+TWO_WORKERS = """
+    import os, time
+    import pytest
+
+    WORKER = os.environ["PYTEST_XDIST_WORKER"]
+
+    @pytest.mark.parametrize("turn", range(2))
+    def test_worker(turn, vm_factory, vm_network, tmp_path):
+        one, two = vm_factory(count=2, network="lan", name="node")
+        assert (one.ip, two.ip) == ("10.76.0.2", "10.76.0.3")
+        one.write_text("/tmp/index.html", WORKER)
+        one.run("httpd -h /tmp -p 80", check=True)
+        with one.connect(80):
+            pass
+        one.forward(80)
+        with vm_network.capture(tmp_path / "lan.pcap") as capture:
+            for _ in range(8):
+                got = two.run("wget -qO- http://node-1/", check=True).stdout
+                assert got == WORKER
+                time.sleep(0.2)
+        other = {"gw0": b"gw1", "gw1": b"gw0"}[WORKER]
+        assert other not in capture.path.read_bytes()
+"""
 
 
-def test_two_workers_with_the_same_names_hear_nothing_of_each_other_and_the_host_is_as_before(
-    run_pytest: Run,
+@pytest.fixture
+def host(request: pytest.FixtureRequest) -> NetworkNamespace:
+    """What the runs take for the host's network: one where nobody else is, if we may have it."""
+    if os.getuid() == 0:
+        home: Home = request.getfixturevalue("home")
+        return home.inside
+    return request.getfixturevalue("own_namespace")  # type: ignore[no-any-return]  # as it says
+
+
+def test_two_workers_with_the_same_names_hear_nothing_of_each_other_and_the_host_is_as_ever(
+    pytester: pytest.Pytester, host: NetworkNamespace
 ) -> None:
-    source = """
-        import os, time
-        import pytest
+    pytester.makepyfile(TWO_WORKERS)
+    pytester.makeini("[pytest]\nasyncio_default_fixture_loop_scope = function\n")
+    before = host.do(read_state)
+    notices = host.do(Notices)
 
-        WORKER = os.environ["PYTEST_XDIST_WORKER"]
-
-        @pytest.mark.parametrize("turn", range(2))
-        def test_worker(turn, vm_factory, vm_network, tmp_path):
-            one, two = vm_factory(count=2, network="lan", name="node")
-            assert (one.ip, two.ip) == ("10.76.0.2", "10.76.0.3")
-            one.write_text("/tmp/index.html", WORKER)
-            one.run("httpd -h /tmp -p 80", check=True)
-            with one.connect(80):
-                pass
-            with vm_network.capture(tmp_path / "lan.pcap") as capture:
-                for _ in range(8):
-                    got = two.run("wget -qO- http://node-1/", check=True).stdout
-                    assert got == WORKER
-                    time.sleep(0.2)
-            other = {"gw0": b"gw1", "gw1": b"gw0"}[WORKER]
-            assert other not in capture.path.read_bytes()
-    """
-    before = _host()
-    result = run_pytest(source, "-n", "2", "--dist", "load")
-    after = _host()
+    argv = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-n", "2")
+    result = pytester.run(*host.argv(*argv), timeout=240)
+    told = host.do(notices.drain)
+    after = host.do(read_state)
+    notices.close()
 
     result.assert_outcomes(passed=2)
+    assert told == []
     assert after == before
+
+
+def test_a_change_of_the_hosts_network_would_be_seen(home: Home) -> None:
+    notices = home.inside.do(Notices)
+    states = [home.inside.do(read_state)]
+    for change in (
+        ("link", "set", "wan", "mtu", "1400"),
+        ("link", "add", "one", "type", "veth", "peer", "other"),
+        ("address", "add", "192.0.2.1/24", "dev", "one"),
+        ("route", "add", "192.0.2.0/24", "via", WORLD),
+        ("rule", "add", "from", "192.0.2.9", "lookup", "7"),
+    ):
+        home.inside.run("ip", *change)
+        assert home.inside.do(notices.drain), change
+        states.append(home.inside.do(read_state))
+        assert states[-1] != states[-2], change
+    notices.close()
 
 
 @pytest.mark.parametrize(
