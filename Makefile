@@ -25,8 +25,7 @@ test: $(READY)  ## the same set-up, then the whole suite, with coverage
 tiers: $(READY)  ## machines and walls in each tier, all in userns, as users made for it; takes root (TIER=bare, WHOLE=1)
 	$(BIN)/python -m tests.tiers $(TIER) $(if $(WHOLE),--whole)
 
-check: $(READY) format lint types layers interpreters test  ## everything that a change must pass
-	$(BIN)/pytest examples -n 2
+check: $(READY) format lint types layers demo interpreters test  ## everything that a change must pass
 
 format: $(READY)  ## is everything formatted?
 	$(BIN)/ruff format --check $(SOURCES)
