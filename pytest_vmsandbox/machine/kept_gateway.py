@@ -15,7 +15,7 @@ from pytest_vmsandbox.network.way_out import WayOut
 
 StartGateway = Callable[[Tier], AbstractAsyncContextManager[Gateway]]
 
-_DIED = "the gateway of the network nat died"
+_DIED = "the gateway of the network nat died; whoever comes there next brings another"
 
 
 class KeptGateway:

@@ -262,7 +262,7 @@ class PluggedWires:
     async def _give_resolvers(self, channel: Channel, way_out: WayOut) -> None:
         text = render_resolv_conf(way_out.resolvers)
         try:
-            await channel.write_file(str(RESOLV_CONF), text.encode(), mode=0o644)
+            await write_settings(channel, str(RESOLV_CONF), text)
         except OSError as error:
             raise NetworkFailed(f"{self.machine} can't be told its resolver: {error}") from error
 

@@ -90,10 +90,9 @@ class SwitchLine:
         await self._ask("plug", [card.fileno()], network=network, port=name, machine=machine)
 
     async def guard(self, network: int, gateway: socket.socket, resolvers: Sequence[str]) -> None:
-        """Make it a network with a way out, by this gateway, or by this one instead of another.
+        """Have this gateway, instead of another, on the network with a way out.
 
-        To be asked before anybody is plugged in there. Beyond it, and at the `resolvers` there,
-        nothing of the gateway or of the host is reached (border.py).
+        Beside what lies beyond it only the `resolvers` there are reached (border.py).
         """
         answered = list(resolvers)
         await self._ask("guard", [gateway.fileno()], network=network, resolvers=answered)

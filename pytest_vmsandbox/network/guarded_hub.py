@@ -19,9 +19,9 @@ class GuardedHub(Hub):
     is neither a machine nor the gateway, which is the host's end, hears the machines alone.
     """
 
-    def __init__(self, border: Border) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.border = border
+        self.border = Border(())
         self._speakers: dict[str, Speaker] = {}
 
     def plug_machine(self, port: Port, machine: int) -> None:

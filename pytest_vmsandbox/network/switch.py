@@ -19,6 +19,7 @@ from ipaddress import ip_address
 from typing import Any
 
 from pytest_vmsandbox.linux.sock_diag import destroy_connections
+from pytest_vmsandbox.network.addresses import WAY_OUT
 from pytest_vmsandbox.network.border import Border
 from pytest_vmsandbox.network.guarded_hub import GATEWAY_PORT, GuardedHub
 from pytest_vmsandbox.network.host_end import close_host_end, open_host_end
@@ -131,7 +132,12 @@ class _Switch:
     # Operations
 
     def _hub(self, form: dict[str, Any]) -> Hub:
-        return self._hubs.setdefault(form["network"], Hub())
+        return self._hub_of(form["network"])
+
+    def _hub_of(self, network: int) -> Hub:
+        if network not in self._hubs:
+            self._hubs[network] = GuardedHub() if network == WAY_OUT else Hub()
+        return self._hubs[network]
 
     def _plug(self, form: dict[str, Any], descriptors: list[int]) -> dict[str, Any]:
         (descriptor,) = descriptors
@@ -147,13 +153,12 @@ class _Switch:
 
     def _guard(self, form: dict[str, Any], descriptors: list[int]) -> dict[str, Any]:
         (descriptor,) = descriptors
-        border = Border(tuple(form["resolvers"]))
-        hub = self._hubs.setdefault(form["network"], GuardedHub(border))
+        hub = self._hub(form)
         if not isinstance(hub, GuardedHub):
             raise ValueError("it is a network without a way out")
         if GATEWAY_PORT in hub.ports:
             hub.unplug(GATEWAY_PORT)
-        hub.border = border
+        hub.border = Border(tuple(form["resolvers"]))
         hub.plug(StreamPort(GATEWAY_PORT, socket.socket(fileno=descriptor)))
         return {}
 
@@ -219,7 +224,7 @@ class _Switch:
     def _require_host_end(self, network: int) -> None:
         if not self._walled:  # whatever were made here would be made in the host's own namespace
             raise OSError(errno.EOPNOTSUPP, "the switch has no network namespace of its own")
-        hub = self._hubs.setdefault(network, Hub())
+        hub = self._hub_of(network)
         if HOST_PORT not in hub.ports:
             hub.plug(PacketPort(HOST_PORT, open_host_end(network)))
 
