@@ -281,6 +281,8 @@ class Channel:
     ) -> None:
         """Give `interface` these addresses instead of those it has, and bring it up.
 
+        It can carry then, if it has a carrier. Without any address it is down in the end, and is
+        up at once when it has one.
         The default routes go by way of `gateways`, at most one of IPv4 and one of IPv6.
         """
         more = encode_addresses(addresses, gateways)

@@ -90,9 +90,12 @@ class LooseWires:
         """Part of Wires."""
 
     async def furnish(self, channel: Channel) -> None:
-        """Part of Wires: the driver is there when a machine out of the template wants it."""
+        """Part of Wires: the cards are ready when a machine out of the template wants them."""
         if self.networks:
             await load_driver(channel)
+        for card in self.cards:
+            with suppress(OSError):  # its guest has no driver: who wants the card is told
+                await channel.set_addresses(card.mac, ())
 
     async def resume(self, channel: Channel) -> None:
         """Part of Wires."""

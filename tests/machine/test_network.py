@@ -340,6 +340,8 @@ def test_a_machine_has_its_own_addresses_however_it_began_and_after_a_reboot(
     one, two = vm_factory(count=2, network=["front", "back"], lifecycle=lifecycle)
     for _ in range(2):
         for vm, number in ((one, 2), (two, 3)):
+            # It can be used from the first moment on.
+            assert vm.run("cat /sys/class/net/eth*/operstate").stdout == "up\nup\n"
             shown = vm.run("ip -o address; ip -o link").stdout
             for network, place in (("front", 0), ("back", 1)):
                 assert f"{vm.ip_on(network)}/24" in shown

@@ -1,6 +1,7 @@
 /*
  * An interface's addresses, over rtnetlink (runs in a child): what was there goes, what is asked for
- * comes, the interface goes up, and a default route is set where a gateway is named.
+ * comes, the interface goes up (and down again where it has no address: it is ready then), and a
+ * default route is set where a gateway is named.
  *
  * An interface is named, or found by its Ethernet address: a guest may call its cards as it likes.
  */
@@ -17,6 +18,12 @@
 #include <unistd.h>
 
 enum { MAC_SIZE = 6, MAC_TEXT = 17 };
+
+/* <linux/if.h>, which does not go with <net/if.h>: there is a carrier. */
+enum { LOWER_UP = 0x10000 };
+
+/* A carrier is taken note of within a second (net/core/link_watch.c). */
+enum { READY_TRIES = 400, READY_INTERVAL_US = 5000 };
 
 struct message {
     struct nlmsghdr header;
@@ -124,13 +131,39 @@ static void add_address(unsigned int index, const unsigned char *bytes, size_t l
     ask(&m, 0);
 }
 
-static void raise_interface(unsigned int index)
+static void raise_or_lower(unsigned int index, unsigned int up)
 {
     struct message m;
     prepare(&m, RTM_NEWLINK, 0, sizeof m.body.link);
     m.body.link.ifi_index = (int)index;
-    m.body.link.ifi_flags = m.body.link.ifi_change = IFF_UP;
+    m.body.link.ifi_flags = up;
+    m.body.link.ifi_change = IFF_UP;
     ask(&m, 0);
+}
+
+static unsigned int flags_of(unsigned int index)
+{
+    static unsigned char answer[65536];
+    struct message m;
+    struct nlmsghdr *header = (void *)answer;
+    prepare(&m, RTM_GETLINK, 0, sizeof m.body.link);
+    m.header.nlmsg_flags = NLM_F_REQUEST; /* the answer is answer enough */
+    m.body.link.ifi_index = (int)index;
+    if (send(netlink, &m, m.header.nlmsg_len, 0) < 0 || recv(netlink, answer, sizeof answer, 0) < 0)
+        transfer_fail(errno, device);
+    if (header->nlmsg_type != RTM_NEWLINK)
+        transfer_fail(EPROTO, device);
+    return ((struct ifinfomsg *)NLMSG_DATA(header))->ifi_flags;
+}
+
+/* Until then nothing can be sent by IPv6; one that has no carrier is not waited for. */
+static void wait_ready(unsigned int index)
+{
+    for (int left = READY_TRIES; left > 0; left--) {
+        if ((flags_of(index) & (LOWER_UP | IFF_RUNNING)) != LOWER_UP)
+            return;
+        usleep(READY_INTERVAL_US);
+    }
 }
 
 static void add_default_route(unsigned int index, const unsigned char *gateway, size_t length)
@@ -212,6 +245,7 @@ void machine_set_addresses(const char *interface, struct reader *r)
     if (index == 0)
         transfer_fail(ENODEV, interface);
     remove_addresses(index);
+    bool some = r->at < r->end && *r->at;
     for (uint8_t left = read_u8(r); left > 0 && !r->bad; left--) {
         size_t length = read_address(r, bytes);
         uint8_t prefix = read_u8(r);
@@ -219,7 +253,10 @@ void machine_set_addresses(const char *interface, struct reader *r)
             transfer_fail(EINVAL, interface);
         add_address(index, bytes, length, prefix);
     }
-    raise_interface(index);
+    raise_or_lower(index, IFF_UP);
+    wait_ready(index);
+    if (!some)
+        raise_or_lower(index, 0);
     device = "a default route";
     while (r->at < r->end && !r->bad) {
         size_t length = read_address(r, gateway);
