@@ -158,6 +158,23 @@ async def test_addresses_replace_those_that_were_there(own_machine: Channel) -> 
         await own_machine.set_addresses("no-such", wanted)
 
 
+async def test_an_interface_is_up_with_addresses_and_down_without_any(
+    own_machine: Channel,
+) -> None:
+    made = ("ip", "link", "add", "eth0", "type", "veth", "peer", "name", "eth1")
+    assert await output_of(own_machine, *made) == ""
+    assert await output_of(own_machine, "ip", "link", "set", "eth1", "up") == ""
+
+    await own_machine.set_addresses("eth0", [ip_interface("10.1.2.3/16")])
+    up = await output_of(own_machine, "ip", "-brief", "address", "show", "eth0")
+    await own_machine.set_addresses("eth0", [])
+    down = await output_of(own_machine, "ip", "-brief", "address", "show", "eth0")
+
+    assert up.split()[1:3] == ["UP", "10.1.2.3/16"]
+    assert down.split()[1] == "DOWN"
+    assert "10.1.2.3" not in down
+
+
 async def test_a_card_is_found_by_its_ethernet_address_and_given_another(
     own_machine: Channel,
 ) -> None:

@@ -533,3 +533,26 @@ def test_a_template_with_a_network_gives_machines_on_it(
 
 def _note(vm: Machine) -> None:
     vm.write_text("/root/note", "prepared")
+
+
+@pytest.mark.parametrize(
+    ("network", "cards"), [(None, []), ("dmz", ["eth0"]), (["lan", "dmz"], ["eth0", "eth1"])]
+)
+def test_a_machine_is_restored_however_many_networks_it_is_on(
+    vm_factory: MachineFactory, network: str | list[str] | None, cards: list[str]
+) -> None:
+    vm = vm_factory(network=network)
+
+    assert vm.facts.lifecycle == "restored"
+    assert sorted(vm.run("ls /sys/class/net").stdout.split()) == [*cards, "lo"]
+
+
+def test_a_template_is_for_as_many_networks_as_it_was_built_with(
+    vm_factory: MachineFactory, vm_templates: TemplateBuilder
+) -> None:
+    template = vm_templates.build(setup=_note, network="lan")
+
+    assert vm_factory(template=template, network="dmz").ip_on("dmz") == "10.76.0.2"
+    for wrong in (None, ["lan", "dmz"]):
+        with pytest.raises(RequestInvalid, match="network"):
+            vm_factory(template=template, network=wrong)
