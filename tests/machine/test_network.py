@@ -553,6 +553,7 @@ def test_a_template_is_for_as_many_networks_as_it_was_built_with(
     template = vm_templates.build(setup=_note, network="lan")
 
     assert vm_factory(template=template, network="dmz").ip_on("dmz") == "10.76.0.2"
-    for wrong in (None, ["lan", "dmz"]):
-        with pytest.raises(RequestInvalid, match="network"):
+    for wrong, asked in ((None, "tcg|kvm"), (["lan", "dmz"], "2 networks")):
+        told = f"another machine: _note, on mini, .*, 1 networks; asked for is mini, .*({asked})\n"
+        with pytest.raises(RequestInvalid, match=told):
             vm_factory(template=template, network=wrong)

@@ -217,9 +217,11 @@ async def freeze_for_good(machine: MachineController, memory: GuestMemory) -> Fr
 
 def require_made_of(build: Build, template: Template) -> None:
     """Raise RequestInvalid where the template is of another machine than `build`."""
-    if recipe_of(build).digest != template.root:
+    recipe = recipe_of(build)
+    if recipe.digest != template.root:
         raise RequestInvalid(
-            f"{template!r} was made of another machine: {template.recipe.title}",
+            f"{template!r} was made of another machine: {template.recipe.title}; "
+            f"asked for is {recipe.title}",
             "what is asked for beside it must be what it was built with",
         )
 
@@ -228,7 +230,7 @@ def recipe_of(build: Build) -> Recipe:
     """All that a machine's template depends on, and nothing of this run."""
     config = build.config
     return Recipe(
-        title=f"{build.image}, {config.memory_mib} MiB, {config.cpus} cpus, {config.accel}",
+        title=_title(build),
         parts={
             "image": build.image_digest,
             # An image's manifest is believed; whoever put another kernel beside it gets that one.
@@ -243,6 +245,14 @@ def recipe_of(build: Build) -> Recipe:
             "processor": _processor() if config.accel == "kvm" else f"emulated by {_clock()}",
         },
     )
+
+
+def _title(build: Build) -> str:
+    config = build.config
+    words = [build.image, f"{config.memory_mib} MiB", f"{config.cpus} cpus", config.accel]
+    if config.cards:
+        words.append(f"{len(config.cards)} networks")
+    return ", ".join(words)
 
 
 def _without_this_run(config: QemuConfig) -> QemuConfig:
