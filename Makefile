@@ -3,6 +3,7 @@
 
 BIN := .venv/bin
 READY := .venv/ready
+COVERAGE := --cov --cov-report=term
 SOURCES := pytest_vmsandbox tests examples benchmarks conftest.py hatch_build.py
 
 .DEFAULT_GOAL := help
@@ -20,11 +21,12 @@ demo: $(READY)  ## install what is missing, build the default image, run example
 	$(BIN)/pytest examples -n 2
 
 test: $(READY)  ## the same set-up, then the whole suite, with coverage
-	$(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term --durations=15
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(COVERAGE) --durations=15
 
 tiers: $(READY)  ## machines and walls in each tier, all in userns, as users made for it; takes root (TIER=bare, WHOLE=1)
 	$(BIN)/python -m tests.tiers $(TIER) $(if $(WHOLE),--whole)
 
+check: COVERAGE :=  # it tells, and fails nothing
 check: $(READY) format lint types layers demo interpreters test  ## everything that a change must pass
 
 format: $(READY)  ## is everything formatted?
