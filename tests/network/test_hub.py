@@ -6,7 +6,7 @@ import asyncio
 import io
 import socket
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from random import Random
 
 import pytest
@@ -43,7 +43,7 @@ class Card:
         stream = b"".join(map(encode_frame, frames))
         await asyncio.get_running_loop().sock_sendall(self.sock, stream)
 
-    async def hear(self, within_s: float = 5.0) -> bytes | None:
+    async def hear(self, within_s: float = 30.0) -> bytes | None:
         """The next frame; None where none comes in time."""
         try:
             async with asyncio.timeout(within_s):
@@ -57,6 +57,13 @@ class Card:
 
     async def hears_nothing(self) -> bool:
         return await self.hear(0.05) is None
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Return once it holds."""
+    async with asyncio.timeout(30):
+        while not condition():
+            await asyncio.sleep(0.01)
 
 
 @pytest.fixture
@@ -163,7 +170,7 @@ async def test_a_delay_is_kept_and_nothing_is_overtaken(hub: Hub, cards: list[Ca
     got = [first, *[await two.hear() for _ in sent[1:]]]
 
     assert got == sent
-    assert 0.2 <= took_s < 2
+    assert 0.2 <= took_s < 5  # and not fifty times the delay
 
 
 async def test_losses_are_as_many_as_asked_for_and_the_same_in_each_run(
@@ -175,9 +182,10 @@ async def test_losses_are_as_many_as_asked_for_and_the_same_in_each_run(
     async def survivors() -> list[bytes]:
         hub._random.seed(1)
         hub.impairment = Impairment(loss=0.3)
+        met = hub.counts.carried + hub.counts.lost + len(sent)
         await one.send(*sent)
         hub_done = frame(mac(2), mac(1), b"end")
-        await asyncio.sleep(0.1)
+        await until(lambda: hub.counts.carried + hub.counts.lost == met)
         hub.impairment = Impairment()
         await one.send(hub_done)
         got = []
@@ -213,10 +221,9 @@ async def test_a_rate_is_kept_and_what_waits_too_long_is_lost(hub: Hub, cards: l
         assert await two.hear() is not None
     took_s = time.monotonic() - began
     await one.send(*[big] * 300)
-    await asyncio.sleep(0.05)
+    await until(lambda: hub.counts.overflowed > 150)
 
-    assert 0.5 <= took_s < 3
-    assert hub.counts.overflowed > 150
+    assert 0.5 <= took_s < 5
 
 
 async def test_each_machine_has_the_rate_for_itself(hub: Hub, cards: list[Card]) -> None:
@@ -265,10 +272,9 @@ async def test_a_vmm_that_sends_garbage_or_ends_harms_itself_only(
     one, two, three = cards
     await asyncio.get_running_loop().sock_sendall(one.sock, b"\xff" * 100)
     two.sock.close()
-    await asyncio.sleep(0.05)
+    await until(lambda: bool(one.port.broken and two.port.broken))
 
     assert "no frame" in one.port.broken
-    assert two.port.broken
     await three.send(frame(mac(1), mac(3)), frame(mac(2), mac(3)), frame(EVERYBODY, mac(3)))
     fourth = Card(hub, "d")
     await fourth.send(frame(mac(3), mac(4)))
