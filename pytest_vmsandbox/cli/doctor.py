@@ -14,8 +14,10 @@ from pathlib import Path
 from pytest_vmsandbox.cli.arguments import add_cache_argument, cache_of
 from pytest_vmsandbox.cli.exit_status import USAGE
 from pytest_vmsandbox.host.facts import Capability, Fact, HostFacts, Tier, Verdict
+from pytest_vmsandbox.host.firewall import Note, look_at_firewall
 from pytest_vmsandbox.host.survey import keep_kernels_word, probe_host, recall_host, settle_kvm
 from pytest_vmsandbox.host.tier import STANDS_ON, missing_for
+from pytest_vmsandbox.host.trial import start_trial
 from pytest_vmsandbox.image.cache import list_images
 from pytest_vmsandbox.image.image import Image
 from pytest_vmsandbox.lease.bases import default_base
@@ -66,7 +68,8 @@ def run(arguments: argparse.Namespace) -> int:
         sys.stderr.write(f"vmsandbox doctor: {_REQUIRE} in the environment: {error}\n")
         return USAGE
     facts = asyncio.run(examine(cache_dir=cache_of(arguments), run_dir=default_base()))
-    text = json.dumps(to_report(facts), indent=1) if arguments.json else render(facts)
+    notes = asyncio.run(look_at_firewall(start_trial(run_dir=default_base())))
+    text = json.dumps(to_report(facts, notes), indent=1) if arguments.json else render(facts, notes)
     sys.stdout.write(f"{text}\n")
     lacking = [name for name in asked_for if not facts[name].present or _is_open(facts[name])]
     if lacking:
@@ -112,11 +115,12 @@ def _is_open(fact: Fact) -> bool:
     return fact.verdict is Verdict.UNCONFIRMED
 
 
-def to_report(facts: HostFacts) -> dict[str, object]:
-    """What `--json` prints: the facts' own form, and what would unlock the next tier."""
+def to_report(facts: HostFacts, notes: Sequence[Note] = ()) -> dict[str, object]:
+    """What `--json` prints: the facts' own form, what would unlock the next tier, and notes."""
     tier = next_tier(facts)
     blocked = None if tier is None else [fact.code for fact in missing_for(tier, facts.facts)]
-    return {**facts.to_json(), "next_tier": tier, "next_tier_needs": blocked}
+    noted = [note.to_json() for note in notes]
+    return {**facts.to_json(), "next_tier": tier, "next_tier_needs": blocked, "notes": noted}
 
 
 def next_tier(facts: HostFacts) -> Tier | None:
@@ -126,7 +130,7 @@ def next_tier(facts: HostFacts) -> Tier | None:
     return next((tier for tier in better if missing_for(tier, facts.facts)), None)
 
 
-def render(facts: HostFacts) -> str:
+def render(facts: HostFacts, notes: Sequence[Note] = ()) -> str:
     """The report for a reader."""
     lines = [
         f"tier   {facts.tier}: {facts.tier_reason}",
@@ -139,6 +143,8 @@ def render(facts: HostFacts) -> str:
     if tier is not None:
         needed = "; ".join(f"{fact.remedy}" for fact in missing_for(tier, facts.facts))
         lines += ["", f"to unlock the tier {tier}: {needed}"]
+    for note in notes:
+        lines += ["", f"note {note.name}: {note.value} ({note.evidence})", f"     {note.matters}"]
     return "\n".join(lines)
 
 

@@ -178,7 +178,7 @@ def test_the_json_is_one_object_that_facts_can_be_read_from(
     assert status == 0
     assert set(report) == {
         *("schema", "tier", "tier_reason", "accel", "accel_reason", "time_scale", "qemu", "facts"),
-        *("next_tier", "next_tier_needs"),
+        *("next_tier", "next_tier_needs", "notes"),
     }
     assert HostFacts.from_json(report).tier == report["tier"]
     assert [fact["capability"] for fact in report["facts"]] == [name.value for name in Capability]
@@ -190,6 +190,18 @@ def test_the_text_names_every_capability(capsys: pytest.CaptureFixture[str]) -> 
     text = capsys.readouterr().out
     assert all(f" {name}" in text for name in Capability)
     assert text.startswith("tier ")
+
+
+def test_what_is_suspected_of_networks_is_noted(capsys: pytest.CaptureFixture[str]) -> None:
+    run_doctor()
+    text = capsys.readouterr().out
+    run_doctor("--json")
+    notes = json.loads(capsys.readouterr().out)["notes"]
+
+    assert [note["name"] for note in notes] == ["forward_policy", "bridge_netfilter"]
+    for note in notes:
+        assert f"note {note['name']}: {note['value']} ({note['evidence']})" in text
+        assert note["matters"] in text
 
 
 def test_strict_fails_only_for_what_is_required(capsys: pytest.CaptureFixture[str]) -> None:
