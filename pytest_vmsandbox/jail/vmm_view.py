@@ -30,7 +30,7 @@ _BREWED = (*_INSTALLED, "Cellar", "opt")
 _DEVICES = ("null", "zero", "urandom")
 
 
-def plan_vmm_view(program: Path, *, kvm: bool, shown: Sequence[Bind] = ()) -> tuple[Step, ...]:
+def plan_vmm_view(program: Path, *, kvm: bool, shown: Sequence[Step] = ()) -> tuple[Step, ...]:
     """The steps that make the view of a VMM whose program is `program`, an absolute path.
 
     `shown` is in it as well.

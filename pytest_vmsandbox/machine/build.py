@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 class MachineFacts:
     """What a machine is, for reports: acceleration, tier, image, versions, and where it came from.
 
+    `wires` is what its cards are plugged into, `tap` or `socket`; empty where it has none.
     `lifecycle` is `restored` while its guest is one that came out of a template, which then has
     a `restore_id` like no other; a guest that booted is `booted` and has none.
     """
@@ -32,6 +33,7 @@ class MachineFacts:
     vmm_version: str
     lifecycle: str
     restore_id: str
+    wires: str = ""
 
 
 class Nursery(Protocol):

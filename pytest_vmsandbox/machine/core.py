@@ -57,6 +57,7 @@ class MachineCore:
             vmm_version=ran.vmm_version if ran else "",
             lifecycle="restored" if self._is_restored else "booted",
             restore_id=ran.restore_id if ran else "",
+            wires=self.build.wires.kind if self.build.wires.networks else "",
         )
 
     @property

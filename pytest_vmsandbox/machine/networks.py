@@ -13,15 +13,18 @@ from pathlib import Path
 
 from pytest_vmsandbox.errors import NetworkFailed, RequestInvalid, TimedOut
 from pytest_vmsandbox.host.facts import Tier
+from pytest_vmsandbox.linux import OwnedFd
 from pytest_vmsandbox.machine.kept_gateway import KeptGateway, StartGateway
-from pytest_vmsandbox.machine.wires import PluggedWires, Wires
+from pytest_vmsandbox.machine.wires import LooseWires, PluggedWires, Wires
 from pytest_vmsandbox.network.addresses import NETWORKS, WAY_OUT, Address, Lessor
 from pytest_vmsandbox.network.client import SwitchLine
 from pytest_vmsandbox.network.impairment import Impairment
 from pytest_vmsandbox.network.topology import NAT
 from pytest_vmsandbox.network.way_out import WayOut
+from pytest_vmsandbox.network.wire_kind import AUTO, WireKind
 
-StartSwitch = Callable[[Tier], AbstractAsyncContextManager[SwitchLine]]
+# For a tier, and a wish of WISHES.
+StartSwitch = Callable[[Tier, str], AbstractAsyncContextManager[SwitchLine]]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -50,12 +53,16 @@ class Networks:
     """Networks by name. One exists while a machine is on it; the switch, from first need on.
 
     The switch, and the gateway of the one with a way out, are started in the tier of the first
-    machine that is on a network.
+    machine that is for a network. The switch decides what wires are made of, as far as `wish` does
+    not; that is what they are from then on.
     """
 
-    def __init__(self, start: StartSwitch, start_gateway: StartGateway) -> None:
+    def __init__(
+        self, start: StartSwitch, start_gateway: StartGateway, *, wish: str = AUTO
+    ) -> None:
         self._start = start
         self._gateway = KeptGateway(start_gateway)
+        self._wish = wish
         self._networks: dict[str, _Network] = {}
         self._running = AsyncExitStack()
         self._tier: Tier | None = None
@@ -63,12 +70,29 @@ class Networks:
         self._starting = asyncio.Lock()
         self._captures = count(1)
         self._capturing: dict[int, SwitchLine] = {}
-        self._replaced: list[str] = []
+        self._incidents: list[str] = []
 
     @property
     def lost(self) -> Sequence[str]:
-        """What carried them and has died."""
-        return (*self._replaced, *self._gateway.lost)
+        """What carried them and has died, or was taken away."""
+        return (*self._incidents, *self._gateway.lost)
+
+    @property
+    def kind(self) -> WireKind:
+        """What wires are made of, once that is decided."""
+        return WireKind(self._wish)
+
+    async def loose(self, networks: Sequence[str], *, tier: Tier) -> LooseWires:
+        """Wires for a machine that is to be on these networks, of the kind that they will be."""
+        self._tier = self._tier or tier
+        if networks and self._line is None and self._wish != WireKind.SOCKET:
+            await self._switch()
+        if not networks or self.kind is WireKind.SOCKET:
+            return LooseWires(networks=networks)
+        return LooseWires(networks=networks, open_tap=self._open_loose_tap)
+
+    async def _open_loose_tap(self) -> OwnedFd:
+        return await (await self._switch()).loose_tap()
 
     def join(self, machine: str, former: Wires, *, tier: Tier) -> Wires:
         """A machine's places on its networks, which are made where they are not there yet.
@@ -102,7 +126,7 @@ class Networks:
 
     # For wires
 
-    async def plug(self, network: str, name: str, card: socket.socket) -> None:
+    async def plug(self, network: str, name: str) -> OwnedFd:
         """Part of Switch."""
         there = self._networks[network]
         if there.line is None or not there.plugged:
@@ -113,8 +137,9 @@ class Networks:
         if network == NAT:
             await self._gateway.serve(there.line, tier=self._tier or Tier.BARE)
             machine = there.lessor.number_of(name)
-        await there.line.plug(there.number, name, card, machine=machine)
+        wire = await there.line.plug(there.number, name, title=network, machine=machine)
         there.plugged.add(name)
+        return wire
 
     async def unplug(self, network: str, name: str, address: Address) -> None:
         """Part of Switch."""
@@ -162,21 +187,27 @@ class Networks:
 
     async def _forget(self, name: str, line: SwitchLine, number: int) -> None:
         if name == NAT:  # its gateway stays
-            await line.cut(number, ())
-            await line.impair(number, Impairment())
-        else:
-            await line.drop(number)
+            try:
+                await line.cut(number, ())
+                await line.impair(number, Impairment())
+            except NetworkFailed:
+                await self._gateway.close()  # another one gets another network
+            else:
+                return
+        await line.drop(number)
 
     async def _switch(self) -> SwitchLine:
         """The switch that runs, started where none does."""
         async with self._starting:
             if self._line is not None and self._line.over:
-                self._replaced.append("the switch of the networks died and was replaced")
+                self._incidents.append("the switch of the networks died and was replaced")
                 self._line = None
                 await self._running.aclose()
             if self._line is None:
-                started = self._start(self._tier or Tier.BARE)
+                started = self._start(self._tier or Tier.BARE, self._wish)
                 self._line = await self._running.enter_async_context(started)
+                self._line.told = self._incidents.append
+                self._wish = self._line.kind
             return self._line
 
     # What a test does to them

@@ -17,11 +17,14 @@ from pytest_vmsandbox.host.facts import Tier
 from pytest_vmsandbox.host.way import interpreter, render_start
 from pytest_vmsandbox.jail.vmm_view import ROOM, plan_vmm_view
 from pytest_vmsandbox.linux import OwnedFd, ProcessIdentity
+from pytest_vmsandbox.linux.tun import DEVICE
 from pytest_vmsandbox.network.client import ENTRY, MODULES, SwitchLine
 from pytest_vmsandbox.network.switch import BARE, WALLED
+from pytest_vmsandbox.network.wire_kind import WireKind
 from pytest_vmsandbox.warden.bundle import bootstrap_of, open_bundle
 from pytest_vmsandbox.warden.client import Warden
 from pytest_vmsandbox.warden.requests import Launch, Limits, Network, Who
+from pytest_vmsandbox.warden.steps import Device
 
 START_S = 30.0
 END_S = 10.0
@@ -33,20 +36,23 @@ Started = Callable[[ProcessIdentity], None]
 
 @asynccontextmanager
 async def open_walled_switch(
-    warden: Warden, tier: Tier, *, log: Path, started: Started
+    warden: Warden, tier: Tier, *, wish: str, log: Path, started: Started
 ) -> AsyncIterator[SwitchLine]:
     """A switch behind walls, in a network namespace of its own; it ends with the warden.
 
-    It sees a Python and nothing else of the host. HostUnfit where it does not come up.
+    It sees a Python and, where taps may be wished for, what makes them; nothing else of the host.
+    HostUnfit where it does not come up, or taps are wished for in vain.
     """
     python = interpreter(tier)
+    tried = wish != WireKind.SOCKET and os.path.exists(DEVICE)  # noqa: ASYNC240, PTH110 - in memory
+    devices = (Device(name="net/tun"),) if tried else ()
     order = Launch(
         who=Who.OWNER,
         name="switch",
-        argv=(python, "-I", "-S", "-c", bootstrap_of(ENTRY), WALLED),
+        argv=(python, "-I", "-S", "-c", bootstrap_of(ENTRY), WALLED, wish),
         env={},
         cwd="/",
-        steps=plan_vmm_view(Path(python), kvm=False),
+        steps=plan_vmm_view(Path(python), kvm=False, shown=devices),
         network=Network.WIRES,
         limits=Limits(),
         files=(),
@@ -58,13 +64,16 @@ async def open_walled_switch(
             theirs.close()
             if process.pid:  # 0: it had ended before anybody could look
                 started(process.identity)
-            async with _ready(ours, log) as line:
+            async with _ready(ours, wish, log) as line:
                 yield line
 
 
 @asynccontextmanager
-async def open_bare_switch(*, log: Path, started: Started) -> AsyncIterator[SwitchLine]:
-    """A switch as our own child; it ends when we do, and makes no interface anywhere."""
+async def open_bare_switch(*, wish: str, log: Path, started: Started) -> AsyncIterator[SwitchLine]:
+    """A switch as our own child; it ends when we do, and makes no interface anywhere.
+
+    HostUnfit where it does not come up, or taps are wished for.
+    """
     if sys.platform != "linux":
         raise HostUnfit(
             "VMS-NETWORK-LINUX",
@@ -73,11 +82,11 @@ async def open_bare_switch(*, log: Path, started: Started) -> AsyncIterator[Swit
             "run these tests on Linux; vm.forward() and vm.connect() work without a network",
         )
     with _line(log) as (ours, theirs, output):
-        child = _spawn(theirs, output)
+        child = _spawn(theirs, output, wish)
         theirs.close()
         try:
             started(ProcessIdentity.of(child.pid))
-            async with _ready(ours, log) as line:
+            async with _ready(ours, wish, log) as line:
                 yield line
         finally:
             ours.close()
@@ -85,7 +94,7 @@ async def open_bare_switch(*, log: Path, started: Started) -> AsyncIterator[Swit
 
 
 @asynccontextmanager
-async def _ready(ours: socket.socket, log: Path) -> AsyncIterator[SwitchLine]:
+async def _ready(ours: socket.socket, wish: str, log: Path) -> AsyncIterator[SwitchLine]:
     line = SwitchLine(ours, last_words=lambda: _last_words(log))
     try:
         try:
@@ -97,6 +106,13 @@ async def _ready(ours: socket.socket, log: Path) -> AsyncIterator[SwitchLine]:
                 str(error),
                 str(log),
             ) from error
+        if wish == WireKind.TAP and line.kind is not WireKind.TAP:
+            raise HostUnfit(
+                "VMS-TAP-DENIED",
+                "taps for networks between machines",
+                line.because,
+                f"sudo chmod 0666 {DEVICE}; or --vm-wires=auto, which does without",
+            )
         yield line
     finally:
         line.close()
@@ -112,9 +128,9 @@ def _line(log: Path) -> Iterator[tuple[socket.socket, socket.socket, int]]:
         yield ours, theirs, output.fileno()
 
 
-def _spawn(line: socket.socket, output: int) -> subprocess.Popen[bytes]:
+def _spawn(line: socket.socket, output: int, wish: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        render_start(Tier.BARE, "-c", bootstrap_of(ENTRY), BARE),
+        render_start(Tier.BARE, "-c", bootstrap_of(ENTRY), BARE, wish),
         stdin=line.fileno(),
         stdout=output,
         stderr=output,

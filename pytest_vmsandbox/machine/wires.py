@@ -5,20 +5,22 @@ from __future__ import annotations
 import asyncio
 import errno
 import socket
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from pytest_vmsandbox.errors import NetworkFailed, VmSandboxError
 from pytest_vmsandbox.guest.channel import Channel
 from pytest_vmsandbox.guest.messages import ExecRequest
 from pytest_vmsandbox.jail.off_loop import to_its_end
+from pytest_vmsandbox.linux import OwnedFd
 from pytest_vmsandbox.machine.settings_file import read_settings, write_settings
 from pytest_vmsandbox.network.addresses import Address, placeholder_mac
 from pytest_vmsandbox.network.hosts import PATH, render_hosts
 from pytest_vmsandbox.network.topology import NAT
 from pytest_vmsandbox.network.way_out import RESOLV_CONF, WayOut, render_resolv_conf
+from pytest_vmsandbox.network.wire_kind import WireKind
 from pytest_vmsandbox.vmm.launch import Wire as WireEnd
 from pytest_vmsandbox.vmm.qemu import Card
 
@@ -38,6 +40,10 @@ class Wires(Protocol):
     @property
     def addresses(self) -> Mapping[str, Address]:
         """What the machine is called, by network, once it is on them."""
+
+    @property
+    def kind(self) -> WireKind:
+        """What they are made of."""
 
     @property
     def cards(self) -> Sequence[Card]:
@@ -64,15 +70,25 @@ class Wires(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LooseWires:
-    """Cards at whose other ends there is nobody: those of a template, or none at all."""
+    """Cards at whose other ends there is nobody: those of a template, or none at all.
+
+    They are taps where `open_tap` gives them, and sockets else.
+    """
 
     networks: Sequence[str] = ()
     addresses: Mapping[str, Address] = field(default_factory=dict)
+    open_tap: Callable[[], Awaitable[OwnedFd]] | None = None
+
+    @property
+    def kind(self) -> WireKind:
+        """Part of Wires."""
+        return WireKind.SOCKET if self.open_tap is None else WireKind.TAP
 
     @property
     def cards(self) -> Sequence[Card]:
         """Part of Wires."""
-        return [Card(mac=placeholder_mac(number)) for number in range(len(self.networks))]
+        tap = self.kind is WireKind.TAP
+        return [Card(mac=placeholder_mac(at), tap=tap) for at in range(len(self.networks))]
 
     @asynccontextmanager
     async def plugged(self) -> AsyncIterator[Sequence[Card]]:
@@ -80,10 +96,12 @@ class LooseWires:
         with ExitStack() as held:
             cards = []
             for card in self.cards:
-                ours, theirs = socket.socketpair()
-                held.enter_context(ours)
-                held.enter_context(theirs)
-                cards.append(Card(mac=card.mac, wire=WireEnd(theirs.fileno())))
+                if self.open_tap is None:
+                    ends = [held.enter_context(end) for end in socket.socketpair()]
+                    wire = ends[0].fileno()
+                else:
+                    wire = held.enter_context(await self.open_tap())
+                cards.append(replace(card, wire=WireEnd(wire)))
             yield cards
 
     async def unplug(self) -> None:
@@ -111,8 +129,12 @@ class LooseWires:
 class Switch(Protocol):
     """What wires need of a worker's networks."""
 
-    async def plug(self, network: str, name: str, card: socket.socket) -> None:
-        """Carry what comes from that card."""
+    @property
+    def kind(self) -> WireKind:
+        """What wires are made of."""
+
+    async def plug(self, network: str, name: str) -> OwnedFd:
+        """The machine's end of a new wire, for the caller to close."""
 
     async def unplug(self, network: str, name: str, address: Address) -> None:
         """Carry it no more, and end the host's connections to it."""
@@ -161,9 +183,15 @@ class PluggedWires:
         self._unplugging = asyncio.Lock()
 
     @property
+    def kind(self) -> WireKind:
+        """Part of Wires."""
+        return self._switch.kind
+
+    @property
     def cards(self) -> Sequence[Card]:
         """Part of Wires."""
-        return [Card(mac=address.mac) for address in self.addresses.values()]
+        tap = self.kind is WireKind.TAP
+        return [Card(mac=address.mac, tap=tap) for address in self.addresses.values()]
 
     @asynccontextmanager
     async def plugged(self) -> AsyncIterator[Sequence[Card]]:
@@ -171,13 +199,10 @@ class PluggedWires:
         with ExitStack() as held:
             cards = []
             try:
-                for network, address in self.addresses.items():
-                    ours, theirs = socket.socketpair()
-                    held.enter_context(theirs)
+                for network, card in zip(self.addresses, self.cards, strict=True):
                     self._plugged.append(network)
-                    with ours:
-                        await self._switch.plug(network, self.machine, ours)
-                    cards.append(Card(mac=address.mac, wire=WireEnd(theirs.fileno())))
+                    wire = held.enter_context(await self._switch.plug(network, self.machine))
+                    cards.append(replace(card, wire=WireEnd(wire)))
                 yield cards
             finally:
                 self._channel = None

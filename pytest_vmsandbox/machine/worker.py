@@ -60,6 +60,7 @@ from pytest_vmsandbox.machine.wardens import Wardens
 from pytest_vmsandbox.machine.wires import LooseWires
 from pytest_vmsandbox.network.client import SwitchLine
 from pytest_vmsandbox.network.topology import NAT
+from pytest_vmsandbox.network.wire_kind import AUTO
 from pytest_vmsandbox.vmm.bare import BareLauncher
 from pytest_vmsandbox.vmm.launch import Launcher
 from pytest_vmsandbox.vmm.qemu import MODULES_SERIAL, MachineType, QemuConfig
@@ -71,8 +72,8 @@ class WorkerSettings:
     """What a worker is told; `id` is the xdist worker's name, at most 8 characters long.
 
     `required` are capabilities that no machine may do without, though it asked for `auto`: with
-    `jail` among them none runs in the tier bare, with `kvm` none is emulated. Without `pool`
-    none is started before it is asked for.
+    `jail` among them none runs in the tier bare, with `kvm` none is emulated. Without `pool` none
+    is started before it is asked for. `wires` is what networks are made of, one of WISHES.
     """
 
     cache_dir: Path
@@ -84,6 +85,7 @@ class WorkerSettings:
     machine_type: MachineType = MachineType.Q35
     required: frozenset[str] = frozenset()
     pool: bool = True
+    wires: str = AUTO
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +114,7 @@ class Worker:
         self._facts: HostFacts | None = None
         self._wardens = Wardens()
         self._entering = asyncio.Lock()
-        self.networks = Networks(self._open_switch, self._open_gateway)
+        self.networks = Networks(self._open_switch, self._open_gateway, wish=settings.wires)
         # Those that tests prepared, by name.
         self.prepared: dict[str, Template] = {}
         self.templates = Templates(
@@ -253,7 +255,7 @@ class Worker:
             ending.push_async_callback(self._pool.close)
 
     @asynccontextmanager
-    async def _open_switch(self, tier: Tier) -> AsyncIterator[SwitchLine]:
+    async def _open_switch(self, tier: Tier, wish: str) -> AsyncIterator[SwitchLine]:
         """The switch of this worker's networks."""
         directory = await self._entered()
         log = directory.path / "switch.log"
@@ -261,10 +263,10 @@ class Worker:
         with directory.ledger.recorded(entry) as number:
             started = partial(directory.ledger.identify, number)
             if tier is Tier.BARE:
-                opened = open_bare_switch(log=log, started=started)
+                opened = open_bare_switch(wish=wish, log=log, started=started)
             else:
                 warden = await self._warden(tier)
-                opened = open_walled_switch(warden, tier, log=log, started=started)
+                opened = open_walled_switch(warden, tier, wish=wish, log=log, started=started)
             async with opened as line:
                 yield line
 
@@ -385,7 +387,7 @@ class Worker:
         disks = await asyncio.to_thread(plan_disks, spec.disks) if spec.disks else ()
         # Last: whoever is cancelled before leaves no directory.
         place = await self.place(spec.name)
-        wires = LooseWires(networks=spec.networks)
+        wires = await self.networks.loose(spec.networks, tier=tier)
         config = QemuConfig(
             program=facts.qemu.path,
             name=place.name,

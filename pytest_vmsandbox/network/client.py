@@ -16,8 +16,11 @@ from weakref import WeakSet
 from pytest_vmsandbox.deadline import Deadline
 from pytest_vmsandbox.errors import NetworkFailed
 from pytest_vmsandbox.linux.disconnect import disconnect
+from pytest_vmsandbox.linux.owned_fd import OwnedFd
 from pytest_vmsandbox.network.impairment import Impairment
 from pytest_vmsandbox.network.switch import DESCRIPTORS_AT_MOST, PACKET_BYTES
+from pytest_vmsandbox.network.topology import NAT
+from pytest_vmsandbox.network.wire_kind import WireKind
 
 # All that a switch process is made of, beside the standard library.
 MODULES = tuple(
@@ -25,19 +28,30 @@ MODULES = tuple(
     for name in (
         "deadline",
         "errors",
+        "linux.interface_name",
+        "linux.link_notices",
+        "linux.owned_fd",
         "linux.rtnetlink",
         "linux.sock_diag",
+        "linux.tun",
         "network.addresses",
         "network.border",
+        "network.cable",
         "network.frames",
         "network.guarded_hub",
         "network.host_end",
         "network.hub",
         "network.impairment",
+        "network.link_watch",
         "network.own_address",
         "network.pcap",
+        "network.plane",
         "network.port",
+        "network.socket_plane",
         "network.switch",
+        "network.tap_plane",
+        "network.trial",
+        "network.wire_kind",
     )
 )
 ENTRY = "pytest_vmsandbox.network.switch"
@@ -50,6 +64,8 @@ class SwitchLine:
     """A line to a switch that runs; every wait for it ends with NetworkFailed once it has ended.
 
     Networks are known by number, machines on them by name. `last_words` says what it printed.
+    `kind` is that of its wires, once it is ready, and `because` why they are no taps; `told` is
+    called with a sentence when anybody took away what they are made of.
     """
 
     def __init__(self, line: socket.socket, *, last_words: Callable[[], str]) -> None:
@@ -62,6 +78,8 @@ class SwitchLine:
         self._loop = asyncio.get_running_loop()
         self._ready: asyncio.Future[None] = self._loop.create_future()
         self.over = False
+        self.kind, self.because = WireKind.SOCKET, ""
+        self.told: Callable[[str], None] = _nobody
         self._loop.add_reader(line, self._readable)
 
     async def ready(self, *, deadline: Deadline) -> None:
@@ -81,13 +99,22 @@ class SwitchLine:
     # What it can be asked for
 
     async def plug(
-        self, network: int, name: str, card: socket.socket, *, machine: int | None = None
-    ) -> None:
-        """Carry what the other end of `card` sends; `card` stays the caller's.
+        self, network: int, name: str, *, title: str, machine: int | None = None
+    ) -> OwnedFd:
+        """A machine's end of a new wire, for the caller to hand to its VMM, and close.
 
-        On a network with a way out, `machine` is its number there, in whose name alone it speaks.
+        `title` is what errors call the network. On a network with a way out, `machine` is its
+        number there, in whose name alone it speaks. OSError where it can't be made.
         """
-        await self._ask("plug", [card.fileno()], network=network, port=name, machine=machine)
+        _, received = await self._ask(
+            "plug", network=network, port=name, title=title, machine=machine
+        )
+        return _only(received)
+
+    async def loose_tap(self) -> OwnedFd:
+        """An end like those of machines, where those are taps, with nobody at the other."""
+        _, received = await self._ask("loose")
+        return _only(received)
 
     async def guard(self, network: int, gateway: socket.socket, resolvers: Sequence[str]) -> None:
         """Have this gateway, instead of another, on the network with a way out.
@@ -95,7 +122,7 @@ class SwitchLine:
         Beside what lies beyond it only the `resolvers` there are reached (border.py).
         """
         answered = list(resolvers)
-        await self._ask("guard", [gateway.fileno()], network=network, resolvers=answered)
+        await self._ask("guard", [gateway.fileno()], network=network, title=NAT, resolvers=answered)
 
     async def unplug(self, network: int, name: str, addresses: Sequence[str]) -> None:
         """Carry it no more; whoever was connected to these addresses from here gets an error."""
@@ -141,9 +168,7 @@ class SwitchLine:
             timeout_s=timeout_s,
             answer_s=timeout_s + ANSWER_S,
         )
-        if not received:  # we may hold no more (recvmsg(2), MSG_CTRUNC)
-            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-        sock = socket.socket(fileno=received[0])
+        sock = socket.socket(fileno=_only(received))
         self._connected.add(sock)
         return sock
 
@@ -177,6 +202,8 @@ class SwitchLine:
             raise
         finally:
             del self._waiting[number]
+        if "broken" in told:
+            raise NetworkFailed(told["broken"])
         if "refused" in told:
             raise OSError(told["errno"], told["refused"])
         return told, received
@@ -210,7 +237,11 @@ class SwitchLine:
 
     def _take(self, form: dict[str, Any], descriptors: list[int]) -> None:
         if "ready" in form:
+            self.kind, self.because = WireKind(form["ready"]), form["because"]
             self._ready.set_result(None)
+            return
+        if "number" not in form:
+            self.told(form["broken"])
             return
         waiting = self._waiting.get(form["number"])
         if waiting is not None and not waiting.done():
@@ -235,3 +266,13 @@ class SwitchLine:
 
     def _lost(self) -> NetworkFailed:
         return NetworkFailed("the switch has ended, which carried it", self._last_words())
+
+
+def _only(received: Sequence[int]) -> OwnedFd:
+    if not received:  # we may hold no more (recvmsg(2), MSG_CTRUNC)
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    return OwnedFd(received[0])
+
+
+def _nobody(_: str) -> None:
+    """Whom nobody asked to be told."""

@@ -24,8 +24,15 @@ class GuardedHub(Hub):
         self.border = Border(())
         self._speakers: dict[str, Speaker] = {}
 
-    def plug_machine(self, port: Port, machine: int) -> None:
-        """Plug in the card of the machine with that number."""
+    @property
+    def disturbed(self) -> bool:
+        """Part of Hub: what may pass is for the hub alone to say."""
+        return True
+
+    def plug_machine(self, port: Port, machine: int | None) -> None:
+        """Plug in the card of the machine with that number; ValueError where it has none."""
+        if machine is None:
+            raise ValueError(f"{port.name} has no number to be known by")
         self.plug(port)
         self._speakers[port.name] = Speaker.of(machine)
 

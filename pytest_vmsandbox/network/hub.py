@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from random import Random
 
@@ -47,6 +47,8 @@ class Hub:
         self.counts = Counts()
         self.impairment = Impairment()
         self.captures: dict[int, PcapWriter] = {}
+        self.late = 0  # frames that are still to be delivered
+        self.caught_up: Callable[[], None] = _nobody  # called whenever none is any more
         # Which losses there are follows from the frames alone, so that a run can be repeated.
         self._random = random or Random(0)  # noqa: S311 - no secret
         self._wires: dict[str, Wire] = {}
@@ -59,12 +61,22 @@ class Hub:
         """Who is plugged in, by name."""
         return tuple(self._wires)
 
+    @property
+    def disturbed(self) -> bool:
+        """Whether a frame may be treated otherwise than by a switch that is as it should be."""
+        return bool(self._cuts or not self.impairment.none or self.captures or self.late)
+
     def plug(self, port: Port) -> None:
         """Carry what comes from this port, and bring it what is for it."""
         if port.name in self._wires:
             raise ValueError(f"there is a port {port.name} already")
         self._wires[port.name] = Wire(port)
         port.start(self.carry)
+
+    def plug_machine(self, port: Port, machine: int | None) -> None:
+        """The same for a machine, whose number is nothing to this hub."""
+        del machine
+        self.plug(port)
 
     def unplug(self, name: str) -> None:
         """Forget a port, and close it; KeyError where there is none."""
@@ -137,6 +149,7 @@ class Hub:
         if delay_s is None:
             self.counts.overflowed += 1
         else:
+            self.late += 1
             self._loop.call_later(delay_s, self._deliver_late, target, frame)
         return False
 
@@ -154,8 +167,11 @@ class Hub:
         return max(0.0, delay_s)
 
     def _deliver_late(self, target: Wire, frame: bytes) -> None:
+        self.late -= 1
         if self._wires.get(target.port.name) is target and self._offer(target, frame):
             target.port.flush()
+        if not self.late:
+            self.caught_up()
 
     def _offer(self, target: Wire, frame: bytes) -> bool:
         if target.port.offer(frame):
@@ -163,3 +179,7 @@ class Hub:
             return True
         self.counts.overflowed += 1
         return False
+
+
+def _nobody() -> None:
+    """Whom nobody asked to be told."""

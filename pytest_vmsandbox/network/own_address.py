@@ -35,15 +35,25 @@ def take_only_own(route: RouteSocket, interface: str, address: Address) -> None:
             route.delete_rule(Rule(priority=_KERNELS, to=everything))
 
 
-def take_all(route: RouteSocket, interface: str, address: Address) -> None:
-    """Forget the rules for an interface, which may be gone."""
+def take_nothing(route: RouteSocket, interface: str) -> None:
+    """Drop whatever comes over an interface that has no address; `take_all` ends it.
+
+    As long as there is nobody who takes only his own, nobody here takes anything.
+    """
+    for rule in _rules(interface, None):
+        route.add_rule(rule)
+
+
+def take_all(route: RouteSocket, interface: str, address: Address | None) -> None:
+    """Forget the rules for an interface with that address, or none; it may be gone."""
     for rule in _rules(interface, address):
         with suppress(FileNotFoundError):
             route.delete_rule(rule)
 
 
-def _rules(interface: str, address: Address) -> Iterator[Rule]:
-    for own in (ip_network(address.ip), ip_network(address.ip6), *_LINK_LOCAL):
-        yield Rule(priority=_OURS, to=own, interface=interface)
+def _rules(interface: str, address: Address | None) -> Iterator[Rule]:
+    if address is not None:
+        for own in (ip_network(address.ip), ip_network(address.ip6), *_LINK_LOCAL):
+            yield Rule(priority=_OURS, to=own, interface=interface)
     for everything in _ALL:
         yield Rule(priority=_ELSE, to=everything, interface=interface, table=None)

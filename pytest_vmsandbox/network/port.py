@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from pytest_vmsandbox.network.frames import FRAME_AT_MOST, FrameReader, NotAFrame, encode_frame
+from pytest_vmsandbox.linux.owned_fd import OwnedFd
+from pytest_vmsandbox.network.frames import (
+    FRAME_AT_LEAST,
+    FRAME_AT_MOST,
+    FrameReader,
+    NotAFrame,
+    encode_frame,
+)
 
 # How much may wait for a machine that does not take it; what comes then is lost, as in any switch.
 WAITING_AT_MOST = 1 << 20
@@ -153,6 +161,54 @@ class PacketPort:
         except OSError:  # nothing more for now
             pass
         came(self, frames)
+
+
+class TapPort:
+    """A tap of the switch's own network namespace, by its descriptor: frames as they are."""
+
+    def __init__(self, name: str, tap: OwnedFd) -> None:
+        self.name = name
+        self._tap = tap
+        self._loop = asyncio.get_running_loop()
+        self._came: Callable[[Port, Sequence[bytes]], None] = _nobody
+
+    def start(self, came: Callable[[Port, Sequence[bytes]], None]) -> None:
+        """Part of Port."""
+        self._came = came
+        self._loop.add_reader(self._tap, self._read)
+
+    def offer(self, frame: bytes) -> bool:
+        """Part of Port; there is nothing to flush."""
+        try:
+            os.write(self._tap, frame)
+        except OSError:  # it is down, or gone
+            return False
+        return True
+
+    def flush(self) -> None:
+        """Part of Port."""
+
+    def catch_up(self) -> None:
+        """Hand over what has come by now, without waiting for the loop."""
+        while self._read() == _PACKETS_AT_ONCE:
+            pass
+
+    def close(self) -> None:
+        """Part of Port."""
+        self._loop.remove_reader(self._tap)
+        self._tap.close()
+
+    def _read(self) -> int:
+        frames: list[bytes] = []
+        try:
+            while len(frames) < _PACKETS_AT_ONCE:
+                frames.append(os.read(self._tap, FRAME_AT_MOST))
+        except BlockingIOError:  # nothing more for now
+            pass
+        except OSError:  # it is gone, which those who watch over it are told of
+            self._loop.remove_reader(self._tap)
+        self._came(self, [frame for frame in frames if len(frame) >= FRAME_AT_LEAST])
+        return len(frames)
 
 
 def _nobody(_: Port, __: Sequence[bytes]) -> None:

@@ -14,28 +14,33 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from ipaddress import ip_address
-from typing import Any
+from itertools import count
+from typing import Any, TypeAlias
 
+from pytest_vmsandbox.linux.owned_fd import OwnedFd
 from pytest_vmsandbox.linux.sock_diag import destroy_connections
+from pytest_vmsandbox.linux.tun import open_tap
 from pytest_vmsandbox.network.addresses import WAY_OUT
 from pytest_vmsandbox.network.border import Border
 from pytest_vmsandbox.network.guarded_hub import GATEWAY_PORT, GuardedHub
-from pytest_vmsandbox.network.host_end import close_host_end, open_host_end
 from pytest_vmsandbox.network.hub import Hub
 from pytest_vmsandbox.network.impairment import Impairment
+from pytest_vmsandbox.network.link_watch import LinkWatch
 from pytest_vmsandbox.network.pcap import PcapWriter
-from pytest_vmsandbox.network.port import PacketPort, StreamPort
+from pytest_vmsandbox.network.plane import Broken, Plane
+from pytest_vmsandbox.network.port import StreamPort
+from pytest_vmsandbox.network.socket_plane import SocketPlane
+from pytest_vmsandbox.network.tap_plane import TapPlane
+from pytest_vmsandbox.network.trial import decide_kind
+from pytest_vmsandbox.network.wire_kind import WireKind
 
 PACKET_BYTES = 64 * 1024
 DESCRIPTORS_AT_MOST = 4
 
-# What argv says of where it runs.
+# What argv says of where it runs; after that stands which kind of wires is wished for.
 WALLED, BARE = "walled", "bare"
-
-# The host's end is a port like the others; no machine can be called so.
-HOST_PORT = "(host)"
 
 # In seconds, seconds and times (tcp(7)).
 _KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 5}
@@ -43,21 +48,31 @@ _KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 5}
 
 def main(line: socket.socket) -> None:
     """Serve `line` until it ends."""
-    asyncio.run(_Switch(line, walled=WALLED in sys.argv).serve())
+    where, wish = sys.argv[1:]
+    asyncio.run(_Switch(line, walled=where == WALLED, wish=wish).serve())
+
+
+# What is answered, and the descriptors that are handed over with it, and closed here then.
+_Answer: TypeAlias = tuple[dict[str, Any], Sequence[OwnedFd]]
+_Operation: TypeAlias = Callable[[dict[str, Any], list[int]], _Answer]
 
 
 class _Switch:
-    def __init__(self, line: socket.socket, *, walled: bool) -> None:
+    def __init__(self, line: socket.socket, *, walled: bool, wish: str) -> None:
         self._line = line
         self._walled = walled
-        self._hubs: dict[int, Hub] = {}
+        self._kind, self._because = decide_kind(wish, walled=walled)
+        self._planes: dict[int, Plane] = {}
+        self._hubs: dict[int, Hub] = {}  # by which they are carried, or may be
+        self._numbers = count()
         self._captures: dict[int, int] = {}  # capture to network
         self._tasks: set[asyncio.Task[None]] = set()
         self._over = asyncio.Event()
         self._failure: BaseException | None = None
-        self._operations: dict[str, Callable[[dict[str, Any], list[int]], dict[str, Any]]] = {
+        self._operations: dict[str, _Operation] = {
             "plug": self._plug,
             "guard": self._guard,
+            "loose": self._loose,
             "unplug": self._unplug,
             "cut": self._cut,
             "impair": self._impair,
@@ -73,7 +88,9 @@ class _Switch:
         loop.set_exception_handler(self._fail)
         self._line.settimeout(0)
         loop.add_reader(self._line, self._readable)
-        self._send({"ready": True}, ())
+        if self._kind is WireKind.TAP:
+            self._watch = LinkWatch()
+        self._send({"ready": self._kind, "because": self._because}, ())
         await self._over.wait()
         if self._failure is not None:
             raise self._failure
@@ -107,15 +124,21 @@ class _Switch:
 
     def _perform(self, form: dict[str, Any], descriptors: list[int]) -> None:
         try:
-            answer = self._operations[form["request"]](form, descriptors)
-        except (OSError, ValueError, KeyError) as error:
+            answer, handed = self._operations[form["request"]](form, descriptors)
+        except (OSError, ValueError, KeyError, Broken) as error:
             for descriptor in descriptors:
                 os.close(descriptor)
             self._refuse(form, error)
         else:
-            self._send({"number": form["number"], **answer}, ())
+            with ExitStack() as held:
+                for descriptor in handed:
+                    held.enter_context(descriptor)
+                self._send({"number": form["number"], **answer}, handed)
 
     def _refuse(self, form: dict[str, Any], error: Exception) -> None:
+        if isinstance(error, Broken):
+            self._send({"number": form["number"], "broken": str(error)}, ())
+            return
         code = error.errno if isinstance(error, OSError) else errno.EINVAL
         sentence = (error.strerror if isinstance(error, OSError) else "") or str(error)
         self._send({"number": form["number"], "errno": code, "refused": sentence}, ())
@@ -131,84 +154,96 @@ class _Switch:
 
     # Operations
 
-    def _hub(self, form: dict[str, Any]) -> Hub:
-        return self._hub_of(form["network"])
+    def _plane(self, form: dict[str, Any]) -> Plane:
+        """The network that is asked for, which must be whole; made when it is first mentioned."""
+        number = form["network"]
+        plane = self._planes.get(number)
+        if plane is None:
+            hub = GuardedHub() if number == WAY_OUT else Hub()
+            plane = self._planes[number] = self._made(form, hub)
+            self._hubs[number] = hub
+        plane.require_whole()
+        return plane
 
-    def _hub_of(self, network: int) -> Hub:
-        if network not in self._hubs:
-            self._hubs[network] = GuardedHub() if network == WAY_OUT else Hub()
-        return self._hubs[network]
+    def _made(self, form: dict[str, Any], hub: Hub) -> Plane:
+        number = form["network"]
+        if self._kind is WireKind.SOCKET:
+            return SocketPlane(number, hub, walled=self._walled)
+        return TapPlane(
+            number,
+            hub,
+            title=form.get("title", str(number)),
+            numbers=self._numbers,
+            watch=self._watch,
+            told=self._tell,
+        )
 
-    def _plug(self, form: dict[str, Any], descriptors: list[int]) -> dict[str, Any]:
+    def _tell(self, sentence: str) -> None:
+        self._send({"broken": sentence}, ())
+
+    def _plug(self, form: dict[str, Any], _: list[int]) -> _Answer:
+        return {}, [self._plane(form).plug(form["port"], machine=form["machine"])]
+
+    def _guard(self, form: dict[str, Any], descriptors: list[int]) -> _Answer:
         (descriptor,) = descriptors
-        hub = self._hub(form)
-        if form["port"] in hub.ports:
-            raise ValueError(f"there is a port {form['port']} already")
-        port = StreamPort(form["port"], socket.socket(fileno=descriptor))
-        if isinstance(hub, GuardedHub):
-            hub.plug_machine(port, form["machine"])
-        else:
-            hub.plug(port)
-        return {}
-
-    def _guard(self, form: dict[str, Any], descriptors: list[int]) -> dict[str, Any]:
-        (descriptor,) = descriptors
-        hub = self._hub(form)
+        self._plane(form)
+        hub = self._hubs[form["network"]]
         if not isinstance(hub, GuardedHub):
             raise ValueError("it is a network without a way out")
         if GATEWAY_PORT in hub.ports:
             hub.unplug(GATEWAY_PORT)
         hub.border = Border(tuple(form["resolvers"]))
         hub.plug(StreamPort(GATEWAY_PORT, socket.socket(fileno=descriptor)))
-        return {}
+        return {}, []
 
-    def _unplug(self, form: dict[str, Any], _: list[int]) -> dict[str, Any]:
-        hub = self._hub(form)
-        hub.unplug(form["port"])
-        if HOST_PORT in hub.ports:
+    def _loose(self, _: dict[str, Any], __: list[int]) -> _Answer:
+        """An end like those that machines have, with nobody at the other."""
+        return {}, [open_tap(f"loose{next(self._numbers)}", offloads=True)]
+
+    def _unplug(self, form: dict[str, Any], _: list[int]) -> _Answer:
+        if self._planes[form["network"]].unplug(form["port"]):
             # A machine that is gone says no more, and TCP would wait for it (tcp(7), keepalive).
             for address in form["addresses"]:
                 with suppress(OSError):  # this kernel can't: it takes the keepalive's time then
                     destroy_connections(ip_address(address))
-        return {}
+        return {}, []
 
-    def _cut(self, form: dict[str, Any], _: list[int]) -> dict[str, Any]:
-        self._hub(form).cut(frozenset(pair) for pair in form["pairs"])
-        return {}
+    def _cut(self, form: dict[str, Any], _: list[int]) -> _Answer:
+        self._plane(form).cut(frozenset(pair) for pair in form["pairs"])
+        return {}, []
 
-    def _impair(self, form: dict[str, Any], _: list[int]) -> dict[str, Any]:
-        self._hub(form).impairment = Impairment(**form["impairment"])
-        return {}
+    def _impair(self, form: dict[str, Any], _: list[int]) -> _Answer:
+        self._plane(form).impair(Impairment(**form["impairment"]))
+        return {}, []
 
-    def _capture(self, form: dict[str, Any], descriptors: list[int]) -> dict[str, Any]:
+    def _capture(self, form: dict[str, Any], descriptors: list[int]) -> _Answer:
+        plane = self._plane(form)
         (descriptor,) = descriptors
-        hub = self._hub(form)
-        hub.captures[form["capture"]] = PcapWriter(open(descriptor, "wb"))  # noqa: SIM115, PTH123
+        writer = PcapWriter(open(descriptor, "wb"))  # noqa: SIM115, PTH123
+        descriptors.clear()  # it is the writer's
+        plane.capture(form["capture"], writer)
         self._captures[form["capture"]] = form["network"]
-        return {}
+        return {}, []
 
-    def _end_capture(self, form: dict[str, Any], _: list[int]) -> dict[str, Any]:
-        hub = self._hubs.get(self._captures.pop(form["capture"]))
-        if hub is not None and (capture := hub.captures.pop(form["capture"], None)):
-            capture.close()  # a network that is gone has closed it
-        return {}
+    def _end_capture(self, form: dict[str, Any], _: list[int]) -> _Answer:
+        plane = self._planes.get(self._captures.pop(form["capture"]))
+        if plane is not None:  # a network that is gone has closed it
+            plane.end_capture(form["capture"])
+        return {}, []
 
-    def _counts(self, form: dict[str, Any], _: list[int]) -> dict[str, Any]:
-        counts = self._hub(form).counts
-        return {name: getattr(counts, name) for name in ("carried", "cut", "lost", "overflowed")}
+    def _counts(self, form: dict[str, Any], _: list[int]) -> _Answer:
+        return dict(self._plane(form).counts()), []
 
-    def _drop(self, form: dict[str, Any], _: list[int]) -> dict[str, Any]:
-        hub = self._hubs.pop(form["network"], None)
-        if hub is not None:
-            has_host_end = HOST_PORT in hub.ports
-            hub.close()
-            if has_host_end:
-                close_host_end(form["network"])
-        return {}
+    def _drop(self, form: dict[str, Any], _: list[int]) -> _Answer:
+        plane = self._planes.pop(form["network"], None)
+        self._hubs.pop(form["network"], None)
+        if plane is not None:
+            plane.close()
+        return {}, []
 
     async def _connect(self, form: dict[str, Any]) -> None:
         try:
-            self._require_host_end(form["network"])
+            self._plane(form).require_host_end()
             address, port = form["address"], form["port"]
             with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as sock:
                 sock.settimeout(0)
@@ -218,15 +253,8 @@ class _Switch:
                 self._send({"number": form["number"]}, [sock.fileno()])
         except TimeoutError:
             self._refuse(form, OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, Broken) as error:
             self._refuse(form, error)
-
-    def _require_host_end(self, network: int) -> None:
-        if not self._walled:  # whatever were made here would be made in the host's own namespace
-            raise OSError(errno.EOPNOTSUPP, "the switch has no network namespace of its own")
-        hub = self._hub_of(network)
-        if HOST_PORT not in hub.ports:
-            hub.plug(PacketPort(HOST_PORT, open_host_end(network)))
 
 
 def _keep_alive(sock: socket.socket) -> None:

@@ -124,6 +124,13 @@ OPTIONS = (
         help="on: while a test runs, the next one's machine is restored if a processor idles (on)",
     ),
     Option(
+        name="vm_wires",
+        parse=_one_of("auto", "tap", "socket"),
+        default="auto",
+        help="what networks are made of: auto (taps where one can be had, else sockets), tap or "
+        "socket",
+    ),
+    Option(
         name="vm_require",
         parse=_capabilities,
         default=frozenset(),
@@ -199,6 +206,7 @@ class Settings:
     tier: str
     lifecycle: str
     pool: str
+    wires: str
     require: frozenset[str]
     keep: str
     artifacts: Path

@@ -38,6 +38,7 @@ def worker_of(config: pytest.Config) -> Worker:
                 machine_type=MachineType(settings.machine),
                 required=settings.require,
                 pool=settings.pool == "on",
+                wires=settings.wires,
             ),
             progress=TerminalProgress(config),
         )

@@ -29,7 +29,7 @@ class Writable:
 
 @dataclass(frozen=True, slots=True)
 class Wire:
-    """One end of a connected pair of sockets, handed over as it is; it stays the caller's."""
+    """One end of a wire, a socket or a tap, handed over as it is; it stays the caller's."""
 
     descriptor: int
 

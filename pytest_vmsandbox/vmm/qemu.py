@@ -38,11 +38,13 @@ class MachineType(StrEnum):
 class Card:
     """A network card: its Ethernet address, and the wire that it is plugged into, once it is on.
 
-    `wire` is a path, /proc/self/fd/N, once it is seen through a view.
+    `wire` is a path, /proc/self/fd/N, once it is seen through a view. A `tap` takes on work for
+    the guest, which knows of it for as long as it runs: a card stays what it is.
     """
 
     mac: str
     wire: Wire | Path | None = None
+    tap: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,7 +193,8 @@ def _render_card(name: str, card: Card, *, bus: str) -> Iterator[str]:
     rom = ",romfile=" if bus == "pci" else ""
     if card.wire is None:
         raise RequestInvalid(f"{name} is not plugged in")
-    yield from ("-netdev", f"socket,id=wire-{name},fd={Path(str(card.wire)).name}")
+    kind = "tap" if card.tap else "socket"
+    yield from ("-netdev", f"{kind},id=wire-{name},fd={Path(str(card.wire)).name}")
     yield from ("-device", f"virtio-net-{bus},id={name},netdev=wire-{name},mac={card.mac}{rom}")
 
 

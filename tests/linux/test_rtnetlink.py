@@ -86,6 +86,50 @@ def test_rules_decide_in_their_order_what_is_for_the_host_itself(in_room: InChil
     in_room(body)
 
 
+def test_a_bridge_takes_ports_in_and_lets_them_go_and_says_nothing_by_itself(
+    in_room: InChild,
+) -> None:
+    def body() -> None:
+        def shown(name: str) -> str:
+            done = subprocess.run(
+                ["ip", "-o", "-d", "address", "show", name], capture_output=True, check=True
+            )
+            return (
+                done.stdout.decode()
+                + subprocess.run(
+                    ["ip", "-o", "-d", "link", "show", name], capture_output=True, check=True
+                ).stdout.decode()
+            )
+
+        unshare(CloneFlags.NEWNET)
+        with RouteSocket() as route:
+            route.add_bridge("bridge", ageing_s=300, learned_at_most=4096)
+            route.add_veth("one", "other")
+            for name in ("bridge", "one"):
+                route.be_silent(name)
+            route.set_mtu("one", 9000)
+            route.set_master("one", "bridge")
+            for name in ("bridge", "one", "other"):
+                route.set_up(name)
+
+            bridge = shown("bridge")
+            assert "forward_delay 0 " in bridge
+            assert "stp_state 0 " in bridge
+            assert "ageing_time 30000 " in bridge
+            assert "mcast_snooping 0 " in bridge
+            assert "group_fwd_mask 0xfff8 " in bridge
+            assert "inet6" not in bridge
+            assert "master bridge" in shown("one")
+            assert "mtu 9000" in shown("one")
+            assert "inet6" not in shown("one")
+            route.set_down("one")
+            route.set_master("one", None)
+            assert "master" not in shown("one")
+            assert "UP" not in shown("one").split(">")[0]
+
+    in_room(body)
+
+
 def test_errors_say_what_was_asked_for(in_room: InChild) -> None:
     def body() -> None:
         unshare(CloneFlags.NEWNET)
@@ -95,6 +139,12 @@ def test_errors_say_what_was_asked_for(in_room: InChild) -> None:
                 route.add_veth("one", "third")
             with pytest.raises(OSError, match="no interface nobody"):
                 route.set_up("nobody")
+            with pytest.raises(OSError, match="no interface nobody"):
+                route.set_master("one", "nobody")
+            with pytest.raises(OSError, match="no interface nobody"):
+                route.stats("nobody")
+            with pytest.raises(ValueError, match="interface's name"):
+                route.add_bridge("a b", ageing_s=0, learned_at_most=1)
             route.add_address("one", ip_interface("10.76.0.1/24"))
             with pytest.raises(FileExistsError, match=r"give one the address 10.76.0.1/24"):
                 route.add_address("one", ip_interface("10.76.0.1/24"))

@@ -6,7 +6,7 @@ import asyncio
 import shutil
 import socket
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractAsyncContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from pytest_vmsandbox.machine.switch_launcher import open_bare_switch
 from pytest_vmsandbox.network.addresses import RESOLVER, WAY_OUT, address_of
 from pytest_vmsandbox.network.client import SwitchLine
 from pytest_vmsandbox.network.frames import FrameReader, encode_frame
+from pytest_vmsandbox.network.wire_kind import AUTO
 from tests.network.packets import (
     ITS_IP,
     MY_MAC,
@@ -127,17 +128,25 @@ class Wire:
         await self.hear(ARP)
 
 
+def bare_switch(place: Path) -> AbstractAsyncContextManager[SwitchLine]:
+    return open_bare_switch(wish=AUTO, log=place / "switch.log", started=lambda _: None)
+
+
+async def plugged(line: SwitchLine, name: str, machine: int) -> socket.socket:
+    """A machine's end of a wire, as its VMM has it."""
+    wire = await line.plug(WAY_OUT, name, title="nat", machine=machine)
+    return socket.socket(fileno=wire)
+
+
 @pytest.fixture
 async def behind_the_border(gateway: Gateway, tmp_path: Path) -> AsyncIterator[Wire]:
     """A machine's end of a wire to the switch, beyond which is the gateway."""
     resolvers = [str(THEIRS.ip), str(THEIRS.ip6)]
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        async with open_bare_switch(log=tmp_path / "switch.log", started=lambda _: None) as line:
-            await line.guard(WAY_OUT, gateway.wire, resolvers)
-            await line.plug(WAY_OUT, "me", theirs, machine=2)
-            yield Wire(ours, line)
-            assert not line.over
+    async with bare_switch(tmp_path) as line:
+        await line.guard(WAY_OUT, gateway.wire, resolvers)
+        with await plugged(line, "me", 2) as sock:
+            yield Wire(sock, line)
+        assert not line.over
     assert (tmp_path / "switch.log").read_text() == ""
 
 
@@ -222,15 +231,10 @@ async def test_without_the_border_it_is_reached(services: Services, gateway: Gat
 
 @needs_qemu
 async def test_machines_on_it_hear_nothing_of_each_other(gateway: Gateway, tmp_path: Path) -> None:
-    ours, theirs = zip(*(socket.socketpair() for _ in range(2)), strict=True)
-    with ExitStack() as held:
-        for sock in (*ours, *theirs):
-            held.enter_context(sock)
-        async with open_bare_switch(log=tmp_path / "switch.log", started=lambda _: None) as line:
-            await line.guard(WAY_OUT, gateway.wire, [])
-            for number, sock in enumerate(theirs, start=2):
-                await line.plug(WAY_OUT, f"m{number}", sock, machine=number)
-            one, two = map(Wire, ours)
+    async with bare_switch(tmp_path) as line:
+        await line.guard(WAY_OUT, gateway.wire, [])
+        with await plugged(line, "m2", 2) as first, await plugged(line, "m3", 3) as second:
+            one, two = Wire(first), Wire(second)
             his = bytes.fromhex(address_of(WAY_OUT, 3).mac.replace(":", ""))
             await two.say(arp(mac=his, source="10.76.255.3"))  # so that it is known where he is
             await two.hear(ARP)

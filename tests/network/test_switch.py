@@ -13,10 +13,12 @@ from typing import Self
 import pytest
 
 from pytest_vmsandbox.errors import NetworkFailed
+from pytest_vmsandbox.linux import OwnedFd
 from pytest_vmsandbox.machine.switch_launcher import open_bare_switch
 from pytest_vmsandbox.network.client import SwitchLine
 from pytest_vmsandbox.network.frames import FrameReader, encode_frame
 from pytest_vmsandbox.network.impairment import Impairment
+from pytest_vmsandbox.network.wire_kind import AUTO
 
 FRAME = b"\xff" * 6 + b"\x02\x76\x6d\x00\x00\x02" + b"\x88\xb5" + b"hello"
 
@@ -25,7 +27,7 @@ FRAME = b"\xff" * 6 + b"\x02\x76\x6d\x00\x00\x02" + b"\x88\xb5" + b"hello"
 async def line(tmp_path: Path) -> AsyncIterator[SwitchLine]:
     """A switch in the tier bare; it must end without having said anything."""
     log = tmp_path / "switch.log"
-    async with open_bare_switch(log=log, started=lambda _: None) as line:
+    async with open_bare_switch(wish=AUTO, log=log, started=lambda _: None) as line:
         yield line
     assert log.read_text() == ""
 
@@ -33,16 +35,19 @@ async def line(tmp_path: Path) -> AsyncIterator[SwitchLine]:
 class Card:
     """A machine's end of a wire."""
 
-    def __init__(self) -> None:
-        self.sock, self.theirs = socket.socketpair()
+    def __init__(self, wire: OwnedFd) -> None:
+        self.sock = socket.socket(fileno=wire)
         self.sock.settimeout(10)
+
+    @classmethod
+    async def plugged(cls, line: SwitchLine, network: int, name: str) -> Self:
+        return cls(await line.plug(network, name, title="lan"))
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.sock.close()
-        self.theirs.close()
 
     async def hear(self) -> bytes:
         """The next frame; nothing where the switch hangs up."""
@@ -51,11 +56,11 @@ class Card:
 
 
 async def test_frames_pass_between_cards_of_a_network_and_to_no_other(line: SwitchLine) -> None:
-    with Card() as one, Card() as two, Card() as stranger:
-        await line.plug(0, "one", one.theirs)
-        await line.plug(0, "two", two.theirs)
-        await line.plug(1, "one", stranger.theirs)
-
+    with (
+        await Card.plugged(line, 0, "one") as one,
+        await Card.plugged(line, 0, "two") as two,
+        await Card.plugged(line, 1, "one") as stranger,
+    ):
         one.sock.sendall(encode_frame(FRAME))
 
         assert await two.hear() == FRAME
@@ -67,9 +72,11 @@ async def test_frames_pass_between_cards_of_a_network_and_to_no_other(line: Swit
 
 
 async def test_all_that_can_be_asked_for(line: SwitchLine, tmp_path: Path) -> None:
-    with Card() as one, Card() as two, (tmp_path / "lan.pcap").open("wb") as file:
-        await line.plug(7, "one", one.theirs)
-        await line.plug(7, "two", two.theirs)
+    with (
+        await Card.plugged(line, 7, "one") as one,
+        await Card.plugged(line, 7, "two") as two,
+        (tmp_path / "lan.pcap").open("wb") as file,
+    ):
         await line.capture(7, 1, file.fileno())
         await line.cut(7, [frozenset(("one", "two"))])
         one.sock.sendall(encode_frame(FRAME))
@@ -82,26 +89,23 @@ async def test_all_that_can_be_asked_for(line: SwitchLine, tmp_path: Path) -> No
             await asyncio.sleep(0.01)
         await line.end_capture(1)
         await line.unplug(7, "one", ["10.76.7.2"])
-        one.theirs.close()
 
         assert await one.hear() == b""
         assert (tmp_path / "lan.pcap").read_bytes().count(FRAME) == 2
         await line.drop(7)
-        two.theirs.close()
         assert await two.hear() == b""
 
 
 async def test_what_can_not_be_is_refused_and_nothing_else_suffers(line: SwitchLine) -> None:
-    with Card() as one, Card() as two:
-        await line.plug(0, "one", one.theirs)
+    with await Card.plugged(line, 0, "one") as one:
         with pytest.raises(OSError, match="port one already"):
-            await line.plug(0, "one", two.theirs)
+            await line.plug(0, "one", title="lan")
         with pytest.raises(OSError, match="nobody"):
             await line.unplug(0, "nobody", [])
-        await line.plug(0, "two", two.theirs)
-        one.sock.sendall(encode_frame(FRAME))
+        with await Card.plugged(line, 0, "two") as two:
+            one.sock.sendall(encode_frame(FRAME))
 
-        assert await two.hear() == FRAME
+            assert await two.hear() == FRAME
 
 
 async def test_in_the_tier_bare_it_makes_no_interface_anywhere(line: SwitchLine) -> None:
@@ -126,11 +130,10 @@ async def test_when_it_ends_every_wait_is_over_and_says_why(line: SwitchLine) ->
 
 
 async def test_it_ends_with_its_line_and_closes_what_it_holds(tmp_path: Path) -> None:
-    with Card() as one:
-        async with open_bare_switch(log=tmp_path / "log", started=lambda _: None) as line:
-            await line.plug(0, "one", one.theirs)
-            one.theirs.close()
-
+    opened = open_bare_switch(wish=AUTO, log=tmp_path / "log", started=lambda _: None)
+    async with opened as line:
+        one = await Card.plugged(line, 0, "one")
+    with one:
         assert await one.hear() == b""
     assert (tmp_path / "log").read_text() == ""
 

@@ -112,7 +112,7 @@ def test_a_change_of_the_hosts_network_would_be_seen(home: Home) -> None:
     [
         ("'LAN'", "can't be a network's name"),
         ("['lan', 'lan']", "twice"),
-        ("'nat'", "not a name to choose"),
+        ("'host'", "not a name to choose"),
         ("7", "must be a name"),
     ],
 )

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pytest_vmsandbox.errors import RequestInvalid
-from pytest_vmsandbox.vmm.qemu import MachineType, QemuConfig, render_command
+from pytest_vmsandbox.vmm.qemu import Card, MachineType, QemuConfig, render_command
 
 CONFIG = QemuConfig(
     program="/usr/bin/qemu-system-x86_64",
@@ -44,6 +44,17 @@ def test_no_network_card_is_there_unless_asked_for() -> None:
 
     assert "-nodefaults" in command
     assert not [word for word in command if "net" in word]
+
+
+def test_a_card_is_plugged_into_a_socket_or_a_tap() -> None:
+    cards = [
+        Card(mac="02:76:6d:00:00:02", wire=Path("/proc/self/fd/7"), tap=tap)
+        for tap in (False, True)
+    ]
+
+    command = render_command(replace(CONFIG, cards=cards))
+
+    assert _option(command, "-netdev") == ["socket,id=wire-card0,fd=7", "tap,id=wire-card1,fd=7"]
 
 
 def test_a_comma_in_a_path_is_no_option() -> None:

@@ -243,6 +243,7 @@ def recipe_of(build: Build) -> Recipe:
             # What a VMM without walls wrote is for no VMM that has them.
             "walls": "no" if build.tier == Tier.BARE else "yes",
             "processor": _processor() if config.accel == "kvm" else f"emulated by {_clock()}",
+            "wires": _wires(config),
         },
     )
 
@@ -262,6 +263,13 @@ def _without_this_run(config: QemuConfig) -> QemuConfig:
     files: dict[Handed, Path] = {**names}
     neutral = replace(config, name=NAME, memory=None)
     return neutral.seen_through(VmmView(directory=Path("room"), files=files))
+
+
+def _wires(config: QemuConfig) -> str:
+    """What a guest may leave to its cards: with taps that is the kernel's to say (tun.c)."""
+    if not config.cards:
+        return "none"
+    return f"taps of {platform.release()}" if any(card.tap for card in config.cards) else "sockets"
 
 
 def _version_of(file: Path) -> str:
