@@ -6,6 +6,7 @@ import os
 import socket
 import struct
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeAlias
 
@@ -71,7 +72,8 @@ class Notices:
         routing, netfilter = self._sockets
         routing.bind((0, _GROUPS))
         netfilter.bind((0, 0))
-        netfilter.setsockopt(_SOL_NETLINK, _ADD_MEMBERSHIP, _NFNLGRP_NFTABLES)
+        with suppress(PermissionError):  # an ordinary user is told nothing of it
+            netfilter.setsockopt(_SOL_NETLINK, _ADD_MEMBERSHIP, _NFNLGRP_NFTABLES)
         for each in self._sockets:
             each.settimeout(0)
 

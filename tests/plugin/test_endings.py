@@ -70,14 +70,15 @@ class _Run:
                 return
         pytest.fail(f"the machine never came up\n{log.read_text(errors='replace')[-5000:]}")
 
-    def walls_are_gone(self) -> bool:
-        """Whether VMM, warden and sudo end in time, and their namespaces with them."""
+    def left(self) -> list[str]:
+        """What there still is of VMM, switch, warden and sudo, and of their namespaces, in time."""
         over = time.monotonic() + GONE_S
-        while not all(member.is_gone() for member in self._others) or self._namespaces():
-            if time.monotonic() > over:
-                return False
+        while True:
+            left = [f"{m.part}, pid {m.pid}" for m in self._others if not m.is_gone()]
+            left += sorted(self._namespaces())
+            if not left or time.monotonic() > over:
+                return left
             time.sleep(0.02)
-        return True
 
     def _namespaces(self) -> frozenset[str]:
         theirs = frozenset[str]().union(*(member.namespaces for member in self._others))
@@ -106,7 +107,7 @@ def start(pytester: pytest.Pytester) -> Iterator[Callable[..., _Run]]:
     for run in runs:
         run.process.kill()
         run.process.wait()
-        run.walls_are_gone()
+        run.left()
         if run.worker != run.process.pid:
             with suppress(ChildProcessError):
                 os.waitpid(run.worker, 0)
@@ -122,7 +123,7 @@ def test_ctrl_c_ends_the_machine_and_removes_its_files(
     os.killpg(run.process.pid, signal.SIGINT)  # as a terminal does
 
     assert run.process.wait(timeout=60) == pytest.ExitCode.INTERRUPTED
-    assert run.walls_are_gone()
+    assert run.left() == []
     assert not run.directory.exists()
 
 
@@ -133,7 +134,7 @@ def test_pytest_timeout_interrupts_the_wait_and_nothing_is_left(
     run = start("-s", "--timeout=3", "-o", "timeout_func_only=true")
 
     assert run.process.wait(timeout=90) == pytest.ExitCode.TESTS_FAILED
-    assert run.walls_are_gone()
+    assert run.left() == []
     assert not run.directory.exists()
 
 
@@ -144,7 +145,7 @@ def test_kill_9_leaves_no_process_and_no_files_after_the_next_run(
     run = start("-s", *workers)
     run.process.kill()
 
-    assert run.walls_are_gone()
+    assert run.left() == []
     next_run = run_pytest("def test_it(vm): pass")
     next_run.assert_outcomes(passed=1)
     assert not run.directory.exists()
@@ -157,6 +158,6 @@ def test_sigterm_leaves_no_process_and_no_files_after_the_next_run(
     os.kill(run.process.pid, signal.SIGTERM)
     run.process.wait(timeout=30)
 
-    assert run.walls_are_gone()
+    assert run.left() == []
     run_pytest("def test_it(vm): pass").assert_outcomes(passed=1)
     assert not run.directory.exists()
