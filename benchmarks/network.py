@@ -25,14 +25,17 @@ from benchmarks.network_sides import (
     Dial,
     Pair,
     Sides,
+    open_alone,
     open_ours,
     plain_sides,
 )
 from benchmarks.network_start import measure_start
 from benchmarks.ours import accel_of, open_worker, prepared_image
 from benchmarks.setting import Setting
+from pytest_vmsandbox.errors import HostUnfit
 from pytest_vmsandbox.image.image import Image
 from pytest_vmsandbox.machine.worker import Worker
+from pytest_vmsandbox.network.wire_kind import WireKind
 
 # What each transfer takes, and how many round trips make one value.
 SECONDS: Final = 2
@@ -42,6 +45,7 @@ _BENCHMARK: Final = "network"
 _PING_AVERAGE: Final = re.compile(r"min/avg/max = [\d.]+/([\d.]+)/")
 
 _TAPS: Final = "plain QEMU, taps on a bridge"
+_BRIDGE: Final = f"{_TAPS}, from there"
 _HOSTFWD: Final = "plain QEMU, user-mode networking, hostfwd"
 
 Values = Mapping[str, tuple[float, ...]]
@@ -57,36 +61,59 @@ class Comparison:
     peer: str
 
 
-_PAIRS: Final = (Comparison(what="guest to guest", ours="ours", theirs="taps", peer=_TAPS),)
-_WAYS: Final = tuple(
-    Comparison(what=f"test to guest, {what}", ours=ours, theirs=theirs, peer=peer)
-    for what, ours, theirs, peer in (
-        ("vm.connect", "connect", "bridge", f"{_TAPS}, from there"),
-        ("vm.forward", "forward", "bridge", f"{_TAPS}, from there"),
-        ("vm.forward", "forward", "hostfwd", _HOSTFWD),
-        ("vm.forward without a network", "agent", "hostfwd", _HOSTFWD),
-    )
+_PAIRS: Final = tuple(
+    Comparison(what=f"guest to guest, {kind}", ours=kind, theirs="plain", peer=_TAPS)
+    for kind in WireKind
+)
+_WAYS: Final = (
+    *(
+        Comparison(
+            what=f"test to guest, vm.{verb}, {kind}",
+            ours=f"{verb} {kind}",
+            theirs=theirs,
+            peer=peer,
+        )
+        for kind in WireKind
+        for verb, theirs, peer in (
+            ("connect", "bridge", _BRIDGE),
+            ("forward", "bridge", _BRIDGE),
+            ("forward", "hostfwd", _HOSTFWD),
+        )
+    ),
+    Comparison(
+        what="test to guest, vm.forward without a network",
+        ours="agent",
+        theirs="hostfwd",
+        peer=_HOSTFWD,
+    ),
 )
 
 
 def measure_network(setting: Setting) -> Sequence[Measurement]:
     """Throughput and latency of machines that run, and what a network adds to a start."""
-    with open_worker(setting.cache_dir) as worker, ExitStack() as held:
+    with ExitStack() as held:
+        worker = held.enter_context(open_worker(setting.cache_dir, wires=WireKind.SOCKET))
         image, accel = prepared_image(worker), accel_of(worker)
         programs = prepare_iperf_programs(image, setting)
-        sides = held.enter_context(open_ours(worker, programs))
+        workers = {WireKind.SOCKET: worker}
+        sides = held.enter_context(open_ours(worker, programs, WireKind.SOCKET))
+        sides |= held.enter_context(open_alone(worker, programs))
+        try:
+            tapped = held.enter_context(open_worker(setting.cache_dir, wires=WireKind.TAP))
+            sides |= held.enter_context(open_ours(tapped, programs, WireKind.TAP))
+            workers[WireKind.TAP] = tapped
+        except HostUnfit as unfit:
+            setting.say(f"without taps of ours: {unfit}")
         try:
             plain = _plain_machine(worker, image, programs, setting, held, accel=accel)
-            network = held.enter_context(open_by_hand_network(plain, forwarded=PORTS))
+            sides |= plain_sides(held.enter_context(open_by_hand_network(plain, forwarded=PORTS)))
         except OSError as error:
             setting.say(f"nothing to compare with, since no tap can be had here: {error}")
-        else:
-            sides |= plain_sides(network)
         setting.say(f"transfers of {SECONDS} s each, and round trips")
         return [
             *_rates(sides, setting, accel),
             *_latencies(sides, setting, accel),
-            *measure_start(worker, setting, accel=accel),
+            *measure_start(workers, setting, accel=accel),
         ]
 
 
@@ -145,6 +172,8 @@ def _compared(
     quantity: str, comparisons: Sequence[Comparison], seen: Values, unit: Unit, how: str
 ) -> Iterator[Measurement]:
     for each in comparisons:
+        if each.ours not in seen:
+            continue
         theirs = seen.get(each.theirs, ())
         yield Measurement(
             benchmark=_BENCHMARK,

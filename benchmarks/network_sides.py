@@ -14,6 +14,7 @@ from benchmarks.network_by_hand import SERVER, ByHandNetwork, shell_of
 from benchmarks.ours import open_machine
 from pytest_vmsandbox.machine.machine import Machine
 from pytest_vmsandbox.machine.worker import Worker
+from pytest_vmsandbox.network.wire_kind import WireKind
 
 ECHO: Final = 7
 PORTS: Final = (PORT, ECHO)
@@ -54,25 +55,31 @@ class Sides:
 
 
 @contextmanager
-def open_ours(worker: Worker, programs: IperfPrograms) -> Iterator[Sides]:
-    """Two machines on a network, and one on none; ended with the block."""
+def open_ours(worker: Worker, programs: IperfPrograms, kind: WireKind) -> Iterator[Sides]:
+    """Two machines on a network with that kind of wires; ended with the block.
+
+    HostUnfit where there can be none.
+    """
     with (
         open_machine(worker, network="lan", name="server", memory_mib=MEMORY_MIB) as server,
         open_machine(worker, network="lan", name="client", memory_mib=MEMORY_MIB) as client,
-        open_machine(worker, name="alone", memory_mib=MEMORY_MIB) as alone,
     ):
-        for machine in (server, client, alone):
+        for machine in (server, client):
             machine.push(programs.directory, PLACE)
-        for machine in (server, alone):
-            _shell_in(machine)(_SERVE)
+        _shell_in(server)(_SERVE)
         yield Sides(
-            pairs={"ours": Pair(client=_shell_in(client), server=str(server.ip))},
-            ways={
-                "connect": server.connect,
-                "forward": _forwarded(server),
-                "agent": _forwarded(alone),
-            },
+            pairs={kind: Pair(client=_shell_in(client), server=str(server.ip))},
+            ways={f"connect {kind}": server.connect, f"forward {kind}": _forwarded(server)},
         )
+
+
+@contextmanager
+def open_alone(worker: Worker, programs: IperfPrograms) -> Iterator[Sides]:
+    """A machine on no network; ended with the block."""
+    with open_machine(worker, name="alone", memory_mib=MEMORY_MIB) as machine:
+        machine.push(programs.directory, PLACE)
+        _shell_in(machine)(_SERVE)
+        yield Sides(pairs={}, ways={"agent": _forwarded(machine)})
 
 
 def plain_sides(network: ByHandNetwork) -> Sides:
@@ -81,7 +88,7 @@ def plain_sides(network: ByHandNetwork) -> Sides:
         shell_of(agent)(_SERVE)
     connect = network.namespace.connect
     return Sides(
-        pairs={"taps": Pair(client=shell_of(network.client), server=SERVER)},
+        pairs={"plain": Pair(client=shell_of(network.client), server=SERVER)},
         ways={
             "bridge": lambda port: connect(SERVER, port),
             "hostfwd": lambda port: connect("127.0.0.1", port),

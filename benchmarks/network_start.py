@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from statistics import median
 from typing import Final
 
-from benchmarks.measurement import Measurement, Unit, alternate, quotients
+from benchmarks.measurement import Act, Measurement, Unit, alternate
 from benchmarks.ours import open_machine
 from benchmarks.setting import Setting
 from pytest_vmsandbox.machine.worker import Worker
+from pytest_vmsandbox.network.wire_kind import WireKind
 
 # Machines of each kind in a round; their median is the round's value.
 LIVES: Final = 5
@@ -19,32 +20,32 @@ LIVES: Final = 5
 _BENCHMARK: Final = "network"
 
 
-def measure_start(worker: Worker, setting: Setting, *, accel: str) -> Iterator[Measurement]:
-    """Machines on a network that nobody else is on, beside machines without one."""
-    acts = {
-        "with": partial(_start_ms, worker, "alone-here"),
-        "without": partial(_start_ms, worker, None),
+def measure_start(
+    workers: Mapping[WireKind, Worker], setting: Setting, *, accel: str
+) -> Iterator[Measurement]:
+    """Machines on a network that nobody else is on, beside machines without one.
+
+    `workers` are by the kind of wires that their networks are of.
+    """
+    acts: dict[str, Act] = {
+        str(kind): partial(_start_ms, worker, "empty") for kind, worker in workers.items()
     }
-    for act in acts.values():
-        act()  # the templates are made, and the switch has started
-    milliseconds = alternate(acts, rounds=setting.rounds)
+    anyone = next(iter(workers.values()))
+    everyone: dict[str, Act] = {**acts, "without": partial(_start_ms, anyone, None)}
+    for act in everyone.values():
+        act()  # the templates are made, and the switches have started
+    milliseconds = alternate(everyone, rounds=setting.rounds)
     how = f"restored, from asking for it to the result of run(['true']); median of {LIVES} a round"
-    yield Measurement(
-        benchmark=_BENCHMARK,
-        what="start of a machine on a network",
-        unit=Unit.MILLISECONDS,
-        values=milliseconds["with"],
-        how=f"{how}; {accel}",
-        peer="the same without a network",
-        peer_values=milliseconds["without"],
-    )
-    yield quotients(
-        benchmark=_BENCHMARK,
-        what="on a network / without (start)",
-        ours=milliseconds["with"],
-        theirs=milliseconds["without"],
-        how="round by round",
-    )
+    for kind in acts:
+        yield Measurement(
+            benchmark=_BENCHMARK,
+            what=f"start of a machine on a network, {kind}",
+            unit=Unit.MILLISECONDS,
+            values=milliseconds[kind],
+            how=f"{how}; {accel}",
+            peer="the same without a network",
+            peer_values=milliseconds["without"],
+        )
 
 
 def _start_ms(worker: Worker, network: str | None) -> float:

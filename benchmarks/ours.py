@@ -12,12 +12,14 @@ from pytest_vmsandbox.machine.controller import MachineController
 from pytest_vmsandbox.machine.machine import Machine
 from pytest_vmsandbox.machine.spec import MachineSpec
 from pytest_vmsandbox.machine.worker import Worker, WorkerSettings
+from pytest_vmsandbox.network.wire_kind import AUTO
 
 
 @contextmanager
-def open_worker(cache_dir: Path) -> Iterator[Worker]:
+def open_worker(cache_dir: Path, *, wires: str = AUTO) -> Iterator[Worker]:
     """A worker that has acquired nothing yet."""
-    with closing(Worker(WorkerSettings(id="bench", cache_dir=cache_dir))) as worker:
+    settings = WorkerSettings(id="bench", cache_dir=cache_dir, wires=wires)
+    with closing(Worker(settings)) as worker:
         yield worker
 
 

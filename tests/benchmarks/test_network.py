@@ -78,14 +78,16 @@ def test_both_ways_to_a_guest_are_measured_beside_plain_qemu(
     whats = {each["what"] for each in measured}
     for quantity in ("throughput", "latency"):
         for between in (
-            "guest to guest",
-            "test to guest, vm.connect",
-            "test to guest, vm.forward",
+            "guest to guest, socket",
+            "test to guest, vm.connect, socket",
+            "test to guest, vm.forward, socket",
             "test to guest, vm.forward without a network",
         ):
             assert f"{quantity}, {between}" in whats
-    assert "start of a machine on a network" in whats
+    assert "start of a machine on a network, socket" in whats
     assert all(value > 0 for each in measured for value in each["values"])
+    if "without taps of ours" not in said:
+        assert {what.replace("socket", "tap") for what in whats} <= whats
     if "no tap can be had" in said:
         assert not plain_can_be_had()
         return
