@@ -7,10 +7,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
+from pytest_vmsandbox.machine.worker import Worker, WorkerSettings
 from tests.people import CHECKOUT
+from tests.plugin.conftest import CACHE
 from tests.world import THERE
 
 pytestmark = [pytest.mark.machine, pytest.mark.vm_requires("nat")]
@@ -26,6 +29,8 @@ def run_in_world(pytester: pytest.Pytester) -> RunInWorld:
     if shutil.which("unshare") is None or subprocess.run([*before, "true"], check=False).returncode:
         pytest.skip("no network namespace can be made here")
 
+    _have_the_image()  # there is nothing in that world to build it of
+
     def run(source: str, *arguments: str) -> pytest.RunResult:
         file = pytester.makepyfile(source)
         resolv_conf = pytester.makefile(".conf", "".join(f"nameserver {it}\n" for it in THERE))
@@ -36,6 +41,14 @@ def run_in_world(pytester: pytest.Pytester) -> RunInWorld:
         return pytester.run("env", f"PYTHONPATH={path}", *world, timeout=400)
 
     return run
+
+
+def _have_the_image() -> None:
+    worker = Worker(WorkerSettings(cache_dir=Path(CACHE)))
+    try:
+        worker.engine.run(worker.image("mini"))
+    finally:
+        worker.close()
 
 
 TESTS = """
