@@ -176,7 +176,7 @@ def _read_launch(form: Mapping[str, object], descriptors: int) -> Launch:
         group=None if group is None else machine_name("group", group),
     )
     absolute_path("program", launch.argv[0])
-    if launch.network is Network.WIRES and launch.who is Who.VMM:
+    if launch.network is not Network.ISOLATED and launch.who is Who.VMM:
         refuse("network", launch.network, "can't be a VMM's, which has no right to any interface")
     return launch
 

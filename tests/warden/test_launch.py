@@ -124,7 +124,7 @@ async def test_two_processes_share_no_namespace(warden: Warden) -> None:
 
 
 async def test_the_network_is_the_host_s_where_that_is_asked_for(warden: Warden) -> None:
-    seen = await see(warden, python(LOOK, network=Network.HOST))
+    seen = await see(warden, python(LOOK, who=Who.OWNER, network=Network.HOST))
 
     assert seen["namespaces"]["net"] == namespace_of("self", "net")
 
@@ -159,9 +159,12 @@ print(""",
     assert seen["made"] is False
 
 
-async def test_a_vmm_makes_no_wires(warden: Warden) -> None:
+@pytest.mark.parametrize("network", [Network.WIRES, Network.HOST])
+async def test_a_vmm_makes_no_wires_and_never_sees_the_host_s(
+    warden: Warden, network: Network
+) -> None:
     with pytest.raises(RequestInvalid, match="can't be a VMM's"):
-        await run(warden, order(TRUE, who=Who.VMM, network=Network.WIRES))
+        await run(warden, order(TRUE, who=Who.VMM, network=network))
 
 
 async def test_its_network_is_a_loopback_that_is_down(warden: Warden) -> None:
