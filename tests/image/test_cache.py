@@ -89,11 +89,17 @@ def left_in(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir()) if directory.exists() else []
 
 
-def link_published(image: Image, cache: Path, *rooms: str) -> None:
-    """Give `cache` what is published in the session's cache, without the time to build it."""
-    for room in rooms or ("layers", "images"):
-        source = image.directory.parents[1] / room
-        shutil.copytree(source, cache / room, copy_function=os.link)
+def link_layers(image: Image, cache: Path) -> None:
+    """Give `cache` the kernels' layers of the session's cache, without the time to build them."""
+    layers = image.directory.parents[1] / "layers"
+    shutil.copytree(layers, cache / "layers", copy_function=os.link)
+
+
+def link_published(image: Image, cache: Path) -> None:
+    """Give `cache` this image, and no other that the session has built, with its layer."""
+    link_layers(image, cache)
+    place = cache / "images" / image.directory.name
+    shutil.copytree(image.directory, place, copy_function=os.link)
 
 
 def test_a_second_call_finds_what_the_first_one_built(
@@ -175,7 +181,7 @@ def test_a_builder_that_is_killed_leaves_nothing_published_and_the_next_one_clea
 ) -> None:
     cache = fresh_cache()
     if step == "putting it together":
-        link_published(image, cache, "layers")
+        link_layers(image, cache)
     process = start_build(cache, agent, environment=python_environment)
     assert process.stdout is not None
     with ended(process):
