@@ -25,6 +25,9 @@ CONNECT_S = 30.0
 
 _BACKLOG = 512
 
+# How long a forward rests when the next client can't be taken, in seconds.
+_REST_S = 0.05
+
 
 class Ports(MachineCore):
     """The verbs that reach what listens in the guest."""
@@ -89,7 +92,13 @@ class Ports(MachineCore):
     async def _accept(self, listener: socket.socket, port: int, network: str | None) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            client, _ = await loop.sock_accept(listener)
+            try:
+                client, _ = await loop.sock_accept(listener)
+            except (
+                OSError
+            ):  # it is gone, or nobody has a descriptor to spare (accept(2)): they wait
+                await asyncio.sleep(_REST_S)
+                continue
             self._carry(self._forward_one(client, port, network))
 
     async def _forward_one(self, client: socket.socket, port: int, network: str | None) -> None:
