@@ -51,13 +51,20 @@ async def read_file(
     wanted = NO_LIMIT if limit is None else limit
     job = channel.start_transfer(TransferKind.GET, path=path, position=offset, limit=wanted)
     try:
-        data = await job.stdout.read()
+        data = await job.stdout.read() if limit is None else await _read_up_to(job, limit + 1)
+        if limit is not None and len(data) > limit:
+            raise _distrust(channel, f"more than the {limit} bytes of a file that were asked for")
         await _succeeded(job)
     finally:
         _leave(channel, job)
-    if limit is not None and len(data) > limit:
-        raise _distrust(channel, f"{len(data)} bytes of a file where {limit} were asked for")
     return data
+
+
+async def _read_up_to(job: Job, size: int) -> bytes:
+    data = bytearray()
+    while piece := await job.stdout.read(size - len(data)):
+        data += piece
+    return bytes(data)
 
 
 async def write_file(

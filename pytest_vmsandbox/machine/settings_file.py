@@ -8,6 +8,9 @@ from pathlib import PurePosixPath
 from pytest_vmsandbox.guest.channel import Channel
 from pytest_vmsandbox.guest.messages import ExecRequest
 
+# No list of names that anybody wrote is as long; what a guest makes of its file is not to fill us.
+MAX_BYTES = 1 << 20
+
 _READ_BYTES = 64 * 1024
 
 # The file in /run stays one and the same, so that what lies over the other changes with it.
@@ -20,11 +23,14 @@ grep -q " $2 " /proc/self/mounts || mount --bind "$1" "$2"
 
 
 async def read_settings(channel: Channel, path: str) -> str:
-    """What stands in the file; nothing where there is none."""
+    """What stands in the file; nothing where there is none. OSError(EFBIG) beyond MAX_BYTES."""
     try:
-        return (await channel.read_file(path)).decode(errors="surrogateescape")
+        data = await channel.read_file(path, limit=MAX_BYTES + 1)
     except FileNotFoundError:
         return ""
+    if len(data) > MAX_BYTES:
+        raise OSError(errno.EFBIG, f"longer than {MAX_BYTES} bytes", path)
+    return data.decode(errors="surrogateescape")
 
 
 async def write_settings(channel: Channel, path: str, text: str) -> None:

@@ -234,7 +234,12 @@ class PluggedWires:
     async def resume(self, channel: Channel) -> None:
         """Part of Wires."""
         self._channel, self._known = channel, {}
-        await self.introduce()
+        try:
+            await self.introduce()
+        except TimeoutError:
+            raise
+        except OSError as error:
+            raise NetworkFailed(f"{self.machine} can't be told who is there: {error}") from error
         await asyncio.gather(*(other.meet() for other in self._switch.neighbours(self)))
 
     async def connect(self, network: str, port: int, *, timeout_s: float) -> socket.socket:

@@ -17,7 +17,7 @@ import pytest
 from pytest_vmsandbox.deadline import Deadline
 from pytest_vmsandbox.errors import ChannelLost
 from pytest_vmsandbox.guest.channel import NOBODY, Channel, open_channel
-from pytest_vmsandbox.guest.frames import FrameType, encode_frame
+from pytest_vmsandbox.guest.frames import PAYLOAD_MAX, FrameType, encode_frame
 from pytest_vmsandbox.guest.messages import PROTOCOL_VERSION, ExecRequest, Identity
 from pytest_vmsandbox.guest.payload import encode_text
 from pytest_vmsandbox.guest.streams import READ_WINDOW, WRITE_WINDOW
@@ -331,6 +331,25 @@ async def test_more_than_the_limit_is_refused_and_removed(tmp_path: Path) -> Non
         await pull_from_liar(tree, tmp_path / "target", limit_bytes=50_000)
 
     assert list(tmp_path.iterdir()) == []
+
+
+async def test_a_file_that_never_ends_ends_the_channel_at_the_limit() -> None:
+    piece = frame(FrameType.DATA, bytes(PAYLOAD_MAX), stream=1)
+    async with opened() as (channel, guest):
+        reading = asyncio.create_task(channel.read_file("/etc/hosts", limit=READ_WINDOW))
+        await guest.hear()
+        await guest.say(STARTED)
+
+        async def endless() -> None:
+            while True:
+                await guest.say(piece)
+                await asyncio.sleep(0)
+
+        saying = asyncio.create_task(endless())
+        with pytest.raises(ChannelLost, match="that were asked for"):
+            await asyncio.wait_for(reading, timeout=10)
+        saying.cancel()
+        await asyncio.wait([saying])
 
 
 async def test_the_loops_exception_handler_hears_nothing() -> None:

@@ -364,6 +364,42 @@ def test_whoever_comes_later_is_known_by_name_and_whoever_has_left_is_forgotten(
     assert "9.9.9.9 mine\n" in first.read_text("/etc/hosts")
 
 
+def test_a_list_of_names_that_never_ends_is_not_read(vm_factory: MachineFactory) -> None:
+    hostile = vm_factory(network="lan", name="hostile")
+    hostile.run("umount /etc/hosts; ln -sf /dev/zero /etc/hosts && test -L /etc/hosts", check=True)
+    before = _resident_mib()
+    began = time.monotonic()
+
+    newcomer = vm_factory(network="lan", name="newcomer")
+    took = time.monotonic() - began
+
+    assert _reaches(newcomer, "hostile")
+    assert _resident_mib() - before < 100
+    assert took < 60
+    hostile.power_cut()
+    hostile.power_on()  # its root is its initramfs: all is as new
+    assert _reaches(hostile, "newcomer")
+
+
+def test_a_machine_whose_own_list_of_names_never_ends_is_refused(
+    vm_factory: MachineFactory, vm_templates: TemplateBuilder
+) -> None:
+    def setup(vm: Machine) -> None:
+        vm.run("ln -sf /dev/zero /etc/hosts && test -L /etc/hosts", check=True)
+
+    template = vm_templates.build(setup=setup, name="endless_names", network="lan")
+
+    with pytest.raises(NetworkFailed, match="longer than 1048576 bytes"):
+        vm_factory(template=template, network="lan")
+
+
+def _resident_mib() -> int:
+    status = Path("/proc/self/status").read_text()
+    found = re.search(r"VmHWM:\s+(\d+) kB", status)
+    assert found is not None
+    return int(found[1]) >> 10
+
+
 def test_a_name_is_on_a_network_once(vm_factory: MachineFactory) -> None:
     vm_factory(network="lan", name="db")
 
