@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from random import Random
 
 from pytest_vmsandbox.network.frames import ADDRESS_BYTES, is_for_many
@@ -45,15 +46,16 @@ class Hub:
 
     def __init__(self, *, random: Random | None = None) -> None:
         self.counts = Counts()
-        self.impairment = Impairment()
         self.captures: dict[int, PcapWriter] = {}
-        self.late = 0  # frames that are still to be delivered
-        self.caught_up: Callable[[], None] = _nobody  # called whenever none is any more
+        self.caught_up: Callable[[], None] = nobody  # called whenever no frame is late any more
+        self._impairment = Impairment()
         # Which losses there are follows from the frames alone, so that a run can be repeated.
         self._random = random or Random(0)  # noqa: S311 - no secret
         self._wires: dict[str, Wire] = {}
         self._learned: dict[bytes, str] = {}
         self._cuts: frozenset[frozenset[str]] = frozenset()
+        self._late: dict[int, asyncio.TimerHandle] = {}  # what is still to be delivered
+        self._numbers = count()
         self._loop = asyncio.get_running_loop()
 
     @property
@@ -62,9 +64,22 @@ class Hub:
         return tuple(self._wires)
 
     @property
+    def impairment(self) -> Impairment:
+        """How every frame is treated."""
+        return self._impairment
+
+    @impairment.setter
+    def impairment(self, changed: Impairment) -> None:
+        """Treat every frame so from now on."""
+        if changed.rate_bps != self._impairment.rate_bps:
+            for wire in self._wires.values():  # what waits by the former rate delays nothing more
+                wire.free_at = 0.0
+        self._impairment = changed
+
+    @property
     def disturbed(self) -> bool:
         """Whether a frame may be treated otherwise than by a switch that is as it should be."""
-        return bool(self._cuts or not self.impairment.none or self.captures or self.late)
+        return bool(self._cuts or not self.impairment.none or self.captures or self._late)
 
     def plug(self, port: Port) -> None:
         """Carry what comes from this port, and bring it what is for it."""
@@ -89,8 +104,17 @@ class Hub:
         """Let nothing pass between these pairs of ports, and everything between all others."""
         self._cuts = frozenset(pairs)
 
+    def forget_addresses(self) -> None:
+        """Learn anew who is where."""
+        self._learned.clear()
+        for wire in self._wires.values():
+            wire.addresses.clear()
+
     def close(self) -> None:
-        """Unplug everybody, and end every capture."""
+        """Unplug everybody, and end every capture; what is late is lost."""
+        for late in self._late.values():
+            late.cancel()
+        self._late.clear()
         for name in self.ports:
             self.unplug(name)
         for capture in self.captures.values():
@@ -137,7 +161,7 @@ class Hub:
 
     def _send(self, source: str, target: Wire, frame: bytes) -> bool:
         """Offer it to a port, or have that done later; whether the port is to be flushed now."""
-        if self._cuts and frozenset((source, target.port.name)) in self._cuts:
+        if self._is_cut(source, target):
             self.counts.cut += 1
             return False
         if self.impairment.none:
@@ -149,9 +173,14 @@ class Hub:
         if delay_s is None:
             self.counts.overflowed += 1
         else:
-            self.late += 1
-            self._loop.call_later(delay_s, self._deliver_late, target, frame)
+            number = next(self._numbers)
+            self._late[number] = self._loop.call_later(
+                delay_s, self._deliver_late, number, source, target, frame
+            )
         return False
+
+    def _is_cut(self, source: str, target: Wire) -> bool:
+        return bool(self._cuts) and frozenset((source, target.port.name)) in self._cuts
 
     def _delay_s(self, target: Wire, length: int) -> float | None:
         """In how many seconds it will have come; None where too much waits already."""
@@ -166,11 +195,14 @@ class Hub:
             delay_s += target.free_at - now
         return max(0.0, delay_s)
 
-    def _deliver_late(self, target: Wire, frame: bytes) -> None:
-        self.late -= 1
-        if self._wires.get(target.port.name) is target and self._offer(target, frame):
-            target.port.flush()
-        if not self.late:
+    def _deliver_late(self, number: int, source: str, target: Wire, frame: bytes) -> None:
+        del self._late[number]
+        if self._wires.get(target.port.name) is target:
+            if self._is_cut(source, target):  # since it was sent
+                self.counts.cut += 1
+            elif self._offer(target, frame):
+                target.port.flush()
+        if not self._late:
             self.caught_up()
 
     def _offer(self, target: Wire, frame: bytes) -> bool:
@@ -181,5 +213,5 @@ class Hub:
         return False
 
 
-def _nobody() -> None:
+def nobody() -> None:
     """Whom nobody asked to be told."""

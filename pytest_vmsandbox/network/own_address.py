@@ -6,7 +6,7 @@ would reach, by way of the host's end of its own network, the host's ends of all
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from ipaddress import IPv4Network, IPv6Network, ip_network
 
@@ -26,7 +26,13 @@ def take_only_own(route: RouteSocket, interface: str, address: Address) -> None:
 
     For a network namespace of one's own. OSError from a kernel that has no such rules.
     """
-    for rule in _rules(interface, address):
+    take_nothing(route, interface)
+    take_own(route, interface, address)
+
+
+def take_own(route: RouteSocket, interface: str, address: Address) -> None:
+    """Take what is for that address over an interface that took nothing before."""
+    for rule in _own_rules(interface, address):
         route.add_rule(rule)
     for everything in _ALL:
         # Once only: to the kernel a priority of 0 stands for any (fib_rules.c, rule_find).
@@ -40,20 +46,32 @@ def take_nothing(route: RouteSocket, interface: str) -> None:
 
     As long as there is nobody who takes only his own, nobody here takes anything.
     """
-    for rule in _rules(interface, None):
+    for rule in _other_rules(interface):
         route.add_rule(rule)
+
+
+def leave_own(route: RouteSocket, interface: str, address: Address) -> None:
+    """Take nothing again, as before `take_own`."""
+    _forget(route, _own_rules(interface, address))
 
 
 def take_all(route: RouteSocket, interface: str, address: Address | None) -> None:
     """Forget the rules for an interface with that address, or none; it may be gone."""
-    for rule in _rules(interface, address):
+    own = () if address is None else _own_rules(interface, address)
+    _forget(route, (*own, *_other_rules(interface)))
+
+
+def _forget(route: RouteSocket, rules: Iterable[Rule]) -> None:
+    for rule in rules:
         with suppress(FileNotFoundError):
             route.delete_rule(rule)
 
 
-def _rules(interface: str, address: Address | None) -> Iterator[Rule]:
-    if address is not None:
-        for own in (ip_network(address.ip), ip_network(address.ip6), *_LINK_LOCAL):
-            yield Rule(priority=_OURS, to=own, interface=interface)
+def _own_rules(interface: str, address: Address) -> Iterator[Rule]:
+    for own in (ip_network(address.ip), ip_network(address.ip6), *_LINK_LOCAL):
+        yield Rule(priority=_OURS, to=own, interface=interface)
+
+
+def _other_rules(interface: str) -> Iterator[Rule]:
     for everything in _ALL:
         yield Rule(priority=_ELSE, to=everything, interface=interface, table=None)

@@ -17,10 +17,10 @@ from pytest_vmsandbox.linux.rtnetlink import RouteSocket
 from pytest_vmsandbox.linux.tun import open_tap
 from pytest_vmsandbox.network.addresses import HOST_END, address_of
 from pytest_vmsandbox.network.cable import Cable, add_bridge, add_port
-from pytest_vmsandbox.network.hub import Hub
+from pytest_vmsandbox.network.hub import Hub, nobody
 from pytest_vmsandbox.network.impairment import Impairment
 from pytest_vmsandbox.network.link_watch import LinkWatch
-from pytest_vmsandbox.network.own_address import take_all, take_only_own
+from pytest_vmsandbox.network.own_address import leave_own, take_all, take_nothing, take_own
 from pytest_vmsandbox.network.pcap import PcapWriter
 from pytest_vmsandbox.network.plane import HOST_PORT, Broken
 from pytest_vmsandbox.network.port import TapPort
@@ -59,6 +59,10 @@ class TapPlane:
         self._hub.caught_up = self._choose
         with ExitStack() as undo:
             self._route = undo.enter_context(RouteSocket())
+            # A machine would be answered by the host's ends of other networks otherwise, in the
+            # name of whoever it says that it is: IPv6 does not ask where a sender is at home.
+            undo.callback(take_all, self._route, self._bridge, None)
+            take_nothing(self._route, self._bridge)
             add_bridge(self._route, self._bridge, learns=True)
             undo.callback(self._route.delete, self._bridge)
             self._route.set_mac(self._bridge, bytes.fromhex(self._address.mac.replace(":", "")))
@@ -130,8 +134,8 @@ class TapPlane:
         if self._has_host_end:
             return
         with ExitStack() as undo:
-            undo.callback(take_all, self._route, self._bridge, self._address)
-            take_only_own(self._route, self._bridge, self._address)
+            undo.callback(leave_own, self._route, self._bridge, self._address)
+            take_own(self._route, self._bridge, self._address)
             for each in (self._address.ipv4, self._address.ipv6):
                 self._route.add_address(self._bridge, each)
             undo.pop_all()
@@ -145,6 +149,7 @@ class TapPlane:
 
     def close(self) -> None:
         """Part of Plane."""
+        self._hub.caught_up = nobody  # it is over, whatever is late
         for port in tuple(self._cables):
             self._remove(port)
         self._forget(HOST_PORT)
@@ -171,6 +176,7 @@ class TapPlane:
                 raise
 
     def _go_by_hub(self) -> None:
+        self._hub.forget_addresses()  # it has heard nothing for a while
         self._by_hub = True
         if HOST_PORT not in self._ways:
             self._open_way()

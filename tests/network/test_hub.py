@@ -173,6 +173,46 @@ async def test_a_delay_is_kept_and_nothing_is_overtaken(hub: Hub, cards: list[Ca
     assert 0.2 <= took_s < 5  # and not fifty times the delay
 
 
+async def test_a_cut_stops_what_is_under_way_as_well(hub: Hub, cards: list[Card]) -> None:
+    one, two, three = cards
+    hub.impairment = Impairment(delay_s=0.2)
+    await one.send(frame(EVERYBODY, mac(1), b"late"))
+    await until(lambda: len(hub._late) == 2)
+    hub.cut([frozenset("ab")])
+
+    assert await three.hear() == frame(EVERYBODY, mac(1), b"late")
+    assert await two.hears_nothing()
+    assert hub.counts.cut == 1
+
+
+async def test_another_rate_does_not_wait_for_what_the_former_had_to_carry(
+    hub: Hub, cards: list[Card]
+) -> None:
+    one, two, _ = cards
+    hub.impairment = Impairment(rate_bps=1e3)
+    await one.send(frame(mac(2), mac(1), bytes(1500)))
+    await until(lambda: len(hub._late) == 1)
+    hub.impairment = Impairment()
+    hub.impairment = Impairment(rate_bps=1e7)
+    await one.send(frame(mac(2), mac(1), b"soon"))
+
+    assert await two.hear(5) == frame(mac(2), mac(1), b"soon")
+
+
+async def test_what_is_late_when_the_hub_is_closed_is_lost_without_a_word(
+    hub: Hub, cards: list[Card]
+) -> None:
+    told: list[None] = []
+    hub.caught_up = lambda: told.append(None)
+    hub.impairment = Impairment(delay_s=0.1)
+    await cards[0].send(frame(mac(2), mac(1)))
+    await until(lambda: len(hub._late) == 1)
+    hub.close()
+    await asyncio.sleep(0.2)
+
+    assert told == []
+
+
 async def test_losses_are_as_many_as_asked_for_and_the_same_in_each_run(
     hub: Hub, cards: list[Card]
 ) -> None:

@@ -17,10 +17,12 @@ from pytest_vmsandbox.errors import HostUnfit, NetworkFailed
 from pytest_vmsandbox.host.facts import Tier
 from pytest_vmsandbox.linux import OwnedFd
 from pytest_vmsandbox.machine.switch_launcher import open_walled_switch
+from pytest_vmsandbox.network.addresses import address_of
 from pytest_vmsandbox.network.client import SwitchLine
 from pytest_vmsandbox.network.impairment import Impairment
 from pytest_vmsandbox.network.wire_kind import WireKind
 from pytest_vmsandbox.warden.client import open_warden
+from tests.network.packets import ICMP6, TCP, checksum, ethernet, ipv4, ipv6, to
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has taps")
 
@@ -210,6 +212,22 @@ async def test_a_frame_that_is_late_at_healing_time_still_comes(
     await line.counts(0)  # what is under way in that instant may be lost
     one.say(EVERYBODY, b"soon")
     await two.hear(b"soon")
+
+
+async def test_a_network_is_gone_with_what_is_late_on_it_and_others_go_on(
+    line: SwitchLine, cards: list[Card]
+) -> None:
+    await line.impair(0, Impairment(delay_s=1.0))
+    cards[0].say(EVERYBODY, b"late")
+    await asyncio.sleep(0.1)
+    await line.impair(0, Impairment())
+    for card in cards:
+        await line.unplug(0, str(card.number), [])
+    await line.drop(0)
+    await asyncio.sleep(1.2)
+
+    assert await line.counts(1)
+    (await line.plug(0, "1", title="lan")).close()
 
 
 # A TCP segment of 4000 bytes over IPv4 as a guest leaves it to its card: to be cut into pieces of
@@ -432,6 +450,56 @@ async def test_what_a_machine_says_reaches_the_hosts_end_by_its_network_alone(
     its_own = bytes.fromhex(link[link.index("link/ether") + 1].replace(":", ""))
 
     assert not await _is_answered(line, cards[0], its_own)
+
+
+def _from_another_network(version: int) -> list[bytes]:
+    """What a machine of network 1 says to the host's end of network 0, as if it were on that."""
+    victim, host, gate = address_of(0, 2), address_of(0, 1), address_of(1, 1)
+    gate_mac = bytes.fromhex(gate.mac.replace(":", ""))
+    source, target = (victim.ip6, host.ip6) if version == 6 else (victim.ip, host.ip)
+    syn = to(TCP, str(target), 80, source=str(source), mac=gate_mac)
+    if version == 4:
+        message = bytes((8, 0, 0, 0, 0, 1, 0, 1)) + b"SECRET"
+        message = message[:2] + checksum(message).to_bytes(2, "big") + message[4:]
+        echo = ipv4(message, 1, str(target), source=str(source))
+        return [syn, ethernet(echo, 0x0800, target=gate_mac)]
+    message = bytes((128, 0, 0, 0, 0, 1, 0, 1)) + b"SECRET"
+    ends = source.packed + target.packed + len(message).to_bytes(4, "big") + bytes((0, 0, 0, ICMP6))
+    message = message[:2] + checksum(ends + message).to_bytes(2, "big") + message[4:]
+    echo = ipv6(message, ICMP6, str(target), source=str(source))
+    return [syn, ethernet(echo, 0x86DD, target=gate_mac)]
+
+
+@pytest.mark.parametrize("version", [4, 6])
+@pytest.mark.parametrize("has_host_end", [False, True])
+async def test_no_network_reaches_another_by_way_of_the_hosts_ends(
+    line: SwitchLine, cards: list[Card], *, version: int, has_host_end: bool
+) -> None:
+    one = cards[0]
+    stranger = await line.plug(1, "4", title="dmz")
+    for network in (0, 1) if has_host_end else (0,):
+        with pytest.raises(OSError, match=r"timed out|No route"):
+            await line.connect(network, f"10.76.{network}.9", 80, timeout_s=0.1)
+    # The host's end knows where the victim is, and need not ask for it.
+    if version == 4:
+        assert await _answers(line, one, 1)
+    else:
+        inside(one.tap, *_NEIGHBOUR, str(address_of(0, 2).ip6), "lladdr", address_of(0, 2).mac)
+
+    for packet in _from_another_network(version):
+        os.write(stranger, bytes(_VNET_HEADER) + packet)
+    await asyncio.sleep(0.3)
+
+    heard = []
+    with suppress(BlockingIOError):
+        while True:
+            heard.append(os.read(one.tap, 1 << 17)[_VNET_HEADER:])
+    stranger.close()
+    kind = b"\x86\xdd" if version == 6 else b"\x08\x00"
+    assert [each for each in heard if each[:6] == mac(1) and each[12:14] == kind] == []
+
+
+_NEIGHBOUR = ("ip", "neighbour", "replace", "dev", "net0")
 
 
 async def test_there_is_only_what_is_needed_and_it_says_nothing_by_itself(
