@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from pytest_vmsandbox.errors import ChannelLost, RequestInvalid, TimedOut
+from pytest_vmsandbox.errors import ChannelLost, TimedOut
 from pytest_vmsandbox.guest.messages import ExecRequest, WindowSize
 from pytest_vmsandbox.guest.process import GuestProcess
 from pytest_vmsandbox.machine.command import (
@@ -19,12 +19,11 @@ from pytest_vmsandbox.machine.command import (
     run_command,
 )
 from pytest_vmsandbox.machine.core import MachineCore
+from pytest_vmsandbox.machine.listening import port_check
 
 # What a wait may take unless its caller says otherwise, in seconds, before scaling.
 COMMAND_S = 120.0
 CONDITION_S = 30.0
-
-PORTS = range(1, 65536)
 
 
 class Commands(MachineCore):
@@ -173,20 +172,3 @@ def _pauses() -> Iterator[float]:
     while True:
         yield pause_s
         pause_s = min(pause_s * 1.5, 0.25)
-
-
-def port_check(where: tuple[int | str, ...]) -> list[str]:
-    """A command that succeeds in a guest where a port is listened on: `(80,)`, `(host, 80)`."""
-    match where:
-        case (int(port),) if port in PORTS:
-            # proc_net_tcp: local address in hexadecimal, then the remote one, then 0A = LISTEN
-            listening = f"^ *[0-9]+: [0-9A-F]+:{port:04X} [0-9A-F:]+ 0A "
-            return [
-                "sh",
-                "-c",
-                f"cat /proc/net/tcp /proc/net/tcp6 2>/dev/null | grep -qE '{listening}'",
-            ]
-        case (str(host), int(port)) if port in PORTS and host:
-            # busybox's nc runs a program once it is connected
-            return ["nc", "-w", "1", host, str(port), "-e", "true"]
-    raise RequestInvalid(f"wait_for_port{where!r}: a port, or a host and a port, is needed")

@@ -13,12 +13,19 @@ from pytest_vmsandbox.errors import RequestInvalid, VmSandboxError
 from pytest_vmsandbox.guest.channel import Channel
 from pytest_vmsandbox.guest.messages import ExecRequest
 from pytest_vmsandbox.guest.process import GuestProcess
-from pytest_vmsandbox.guest.streams import WriteStream
+from pytest_vmsandbox.guest.streams import ReadStream, WriteStream
 from pytest_vmsandbox.machine.build import Build
-from pytest_vmsandbox.machine.command import KILL_S, run_command
-from pytest_vmsandbox.machine.commands import PORTS, port_check
+from pytest_vmsandbox.machine.command import CHUNK, KILL_S, run_command
 from pytest_vmsandbox.machine.core import MachineCore
-from pytest_vmsandbox.machine.splice import LOOPBACK, SocketEnd, reset, splice, tcp_pair
+from pytest_vmsandbox.machine.listening import PORTS, listener_check
+from pytest_vmsandbox.machine.splice import (
+    LOOPBACK,
+    SocketEnd,
+    reset,
+    splice,
+    tcp_pair,
+    together,
+)
 
 # What making a connection may take unless its caller says otherwise, in seconds, before scaling.
 CONNECT_S = 30.0
@@ -94,9 +101,8 @@ class Ports(MachineCore):
         while True:
             try:
                 client, _ = await loop.sock_accept(listener)
-            except (
-                OSError
-            ):  # it is gone, or nobody has a descriptor to spare (accept(2)): they wait
+            except OSError:
+                # The client is gone, or nobody has a descriptor to spare (accept(2)).
                 await asyncio.sleep(_REST_S)
                 continue
             self._carry(self._forward_one(client, port, network))
@@ -128,21 +134,24 @@ class Ports(MachineCore):
 
     async def _relay(self, channel: Channel, address: str, port: int) -> socket.socket:
         """A socket whose other end a process in the guest connects with that port."""
-        await self._require_listener(channel, port)
-        process = await channel.spawn(
-            ExecRequest(argv=["nc", address, str(port)], stdin=True, merge_stderr=True)
-        )
+        await self._require_listener(channel, address, port)
         ours, theirs = tcp_pair()
+        try:
+            process = await channel.spawn(ExecRequest(argv=["nc", address, str(port)], stdin=True))
+        except BaseException:
+            ours.close()
+            theirs.close()
+            raise
         self._carry(_carry_through(process, ours))
         return theirs
 
-    async def _require_listener(self, channel: Channel, port: int) -> None:
-        request = ExecRequest(argv=port_check((port,)))
+    async def _require_listener(self, channel: Channel, address: str, port: int) -> None:
+        request = ExecRequest(argv=listener_check(address, port))
         deadline = self._deadline(None, CONNECT_S)
         found = await run_command(channel, request, stdin=None, deadline=deadline)
         if found.returncode:
             raise ConnectionRefusedError(
-                errno.ECONNREFUSED, f"nothing in {self.name} listens on port {port}"
+                errno.ECONNREFUSED, f"nothing in {self.name} listens on port {port} of {address}"
             )
 
     def _carry(self, work: Coroutine[Any, Any, None]) -> None:
@@ -152,13 +161,19 @@ class Ports(MachineCore):
 
 
 class _ProcessEnd:
-    """A process in the guest as an end of a connection: its stdin and its stdout."""
+    """A process in the guest as an end of a connection: its stdin and its stdout.
+
+    Where it fails, as `nc` does that is refused, the connection is broken.
+    """
 
     def __init__(self, process: GuestProcess, stdin: WriteStream) -> None:
         self._process, self._stdin = process, stdin
 
     async def read(self, limit: int) -> bytes:
-        return await self._process.stdout.read(limit)
+        piece = await self._process.stdout.read(limit)
+        if not piece and (status := await self._process.wait()):
+            raise ConnectionResetError(errno.ECONNRESET, f"nc has ended with {status}")
+        return piece
 
     async def write(self, data: bytes) -> None:
         await self._stdin.write(data)
@@ -169,17 +184,26 @@ class _ProcessEnd:
 
 
 async def _carry_through(process: GuestProcess, sock: socket.socket) -> None:
-    """Splice them; the other end of the pair ends as the process does."""
+    """Splice them; the other end of the pair ends as the process does, and breaks as it fails."""
     assert process.stdin is not None  # it was asked for
+    assert process.stderr is not None  # and is not merged
     try:
-        await splice(SocketEnd(sock), _ProcessEnd(process, process.stdin))
-    except (OSError, VmSandboxError):
+        end = _ProcessEnd(process, process.stdin)
+        await together(splice(SocketEnd(sock), end), _drain(process.stderr))
+    except BaseException as error:
         reset(sock)
+        if not isinstance(error, VmSandboxError | OSError):
+            raise
     finally:
         sock.close()
         with suppress(VmSandboxError, TimeoutError):
             async with asyncio.timeout(KILL_S):
                 await process.kill()
+
+
+async def _drain(stream: ReadStream) -> None:
+    while await stream.read(CHUNK):
+        pass
 
 
 def _require_port(port: object) -> None:
