@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Self, TypeAlias
 
-from pytest_vmsandbox.errors import RequestInvalid
+from pytest_vmsandbox.errors import NetworkFailed, RequestInvalid
 from pytest_vmsandbox.machine.engine import Engine
 from pytest_vmsandbox.machine.face import Face
 from pytest_vmsandbox.machine.networks import Networks
@@ -100,15 +100,19 @@ class Network:
 class Capture:
     """A capture that is under way; `path` is its file."""
 
-    def __init__(self, path: Path, stop: Callable[[], None]) -> None:
+    def __init__(self, path: Path, stop: Callable[[], str]) -> None:
         self.path = path
-        self._stop: Callable[[], None] | None = stop
+        self._stop: Callable[[], str] | None = stop
 
     def stop(self) -> None:
-        """Have all of it in the file; safe to repeat."""
+        """Have all of it in the file; safe to repeat.
+
+        NetworkFailed where it could not be written to its end, or got too long: what was sent
+        until then is in the file.
+        """
         stop, self._stop = self._stop, None
-        if stop is not None:
-            stop()
+        if stop is not None and (failure := stop()):
+            raise NetworkFailed(f"the capture {self.path} ended too early: {failure}")
 
     def __enter__(self) -> Self:
         return self

@@ -137,7 +137,10 @@ class Networks:
         if network == NAT:
             await self._gateway.serve(there.line, tier=self._tier or Tier.BARE)
             machine = there.lessor.number_of(name)
-        wire = await there.line.plug(there.number, name, title=network, machine=machine)
+        try:
+            wire = await there.line.plug(there.number, name, title=network, machine=machine)
+        except OSError as error:
+            raise NetworkFailed(f"{name} can't be plugged into {network!r}: {error}") from error
         there.plugged.add(name)
         return wire
 
@@ -283,11 +286,10 @@ class Networks:
         self._capturing[number] = each.carried_by
         return number
 
-    async def end_capture(self, number: int) -> None:
-        """Have all of it in the file; one that has ended has."""
+    async def end_capture(self, number: int) -> str:
+        """Have all of it in the file, or say why it is not; one that has ended has."""
         line = self._capturing.pop(number, None)
-        if line is not None:
-            await line.end_capture(number)
+        return "" if line is None else await line.end_capture(number)
 
     async def connect(
         self, network: str, address: str, port: int, *, timeout_s: float

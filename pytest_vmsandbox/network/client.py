@@ -130,28 +130,29 @@ class SwitchLine:
 
     async def cut(self, network: int, pairs: Iterable[frozenset[str]]) -> None:
         """Let nothing pass between these pairs of machines, and everything between others."""
-        await self._ask("cut", network=network, pairs=[sorted(pair) for pair in pairs])
+        await self._order("cut", network=network, pairs=[sorted(pair) for pair in pairs])
 
     async def impair(self, network: int, impairment: Impairment) -> None:
         """Treat every frame on the network so from now on."""
-        await self._ask("impair", network=network, impairment=asdict(impairment))
+        await self._order("impair", network=network, impairment=asdict(impairment))
 
     async def capture(self, network: int, number: int, file: int) -> None:
         """Write every frame that is sent to a file, until `end_capture`."""
-        await self._ask("capture", [file], network=network, capture=number)
+        await self._order("capture", [file], network=network, capture=number)
 
-    async def end_capture(self, number: int) -> None:
-        """Write no more; what was written is in the file."""
-        await self._ask("end_capture", capture=number)
+    async def end_capture(self, number: int) -> str:
+        """Write no more; what was written is in the file. Why that is not all, if it is not."""
+        answer = await self._order("end_capture", capture=number)
+        return str(answer["failure"])
 
     async def counts(self, network: int) -> Mapping[str, int]:
         """What became of the network's frames: carried, cut, lost, overflowed."""
-        answer, _ = await self._ask("counts", network=network)
+        answer = await self._order("counts", network=network)
         return {name: count for name, count in answer.items() if name != "number"}
 
     async def drop(self, network: int) -> None:
         """Forget a network, with all that was wrong with it."""
-        await self._ask("drop", network=network)
+        await self._order("drop", network=network)
 
     async def connect(
         self, network: int, address: str, port: int, *, timeout_s: float
@@ -171,6 +172,17 @@ class SwitchLine:
         sock = socket.socket(fileno=_only(received))
         self._connected.add(sock)
         return sock
+
+    async def _order(
+        self, request: str, descriptors: Sequence[int] = (), **form: object
+    ) -> Mapping[str, Any]:
+        """What is answered; NetworkFailed also where it can't be done, and nothing is then."""
+        try:
+            answer, _ = await self._ask(request, descriptors, answer_s=ANSWER_S, **form)
+        except OSError as error:
+            cause = error.strerror or str(error)
+            raise NetworkFailed(f"the switch can't do this ({request}): {cause}") from error
+        return answer
 
     async def _ask(
         self,

@@ -21,6 +21,11 @@ LEARNED_AT_MOST = 4096
 # What waits for a slow wire longer than this is lost, as in a router with a queue of that length.
 QUEUE_AT_MOST_S = 1.0
 
+# What is late for one machine takes no more than this; what would be more is lost. Each frame
+# counts with what it takes to remember it.
+LATE_AT_MOST = 32 << 20
+_REMEMBERING = 512
+
 
 @dataclass(slots=True, kw_only=True)
 class Counts:
@@ -38,6 +43,7 @@ class Wire:
 
     port: Port
     free_at: float = 0.0  # when what it hears at a limited rate will have been said
+    late_bytes: int = 0  # of what it will hear
     addresses: set[bytes] = field(default_factory=set)
 
 
@@ -62,6 +68,11 @@ class Hub:
     def ports(self) -> tuple[str, ...]:
         """Who is plugged in, by name."""
         return tuple(self._wires)
+
+    @property
+    def cuts(self) -> frozenset[frozenset[str]]:
+        """The pairs between which nothing passes."""
+        return self._cuts
 
     @property
     def impairment(self) -> Impairment:
@@ -169,10 +180,13 @@ class Hub:
         if self._random.random() < self.impairment.loss:
             self.counts.lost += 1
             return False
-        delay_s = self._delay_s(target, len(frame))
+        weight = len(frame) + _REMEMBERING
+        full = target.late_bytes + weight > LATE_AT_MOST
+        delay_s = None if full else self._delay_s(target, len(frame))
         if delay_s is None:
             self.counts.overflowed += 1
         else:
+            target.late_bytes += weight
             number = next(self._numbers)
             self._late[number] = self._loop.call_later(
                 delay_s, self._deliver_late, number, source, target, frame
@@ -197,6 +211,7 @@ class Hub:
 
     def _deliver_late(self, number: int, source: str, target: Wire, frame: bytes) -> None:
         del self._late[number]
+        target.late_bytes -= len(frame) + _REMEMBERING
         if self._wires.get(target.port.name) is target:
             if self._is_cut(source, target):  # since it was sent
                 self.counts.cut += 1

@@ -65,7 +65,7 @@ class _Switch:
         self._planes: dict[int, Plane] = {}
         self._hubs: dict[int, Hub] = {}  # by which they are carried, or may be
         self._numbers = count()
-        self._captures: dict[int, int] = {}  # capture to network
+        self._captures: dict[int, tuple[int, PcapWriter]] = {}  # with the network of each
         self._tasks: set[asyncio.Task[None]] = set()
         self._over = asyncio.Event()
         self._failure: BaseException | None = None
@@ -221,15 +221,21 @@ class _Switch:
         (descriptor,) = descriptors
         writer = PcapWriter(open(descriptor, "wb"))  # noqa: SIM115, PTH123
         descriptors.clear()  # it is the writer's
-        plane.capture(form["capture"], writer)
-        self._captures[form["capture"]] = form["network"]
+        with ExitStack() as undo:
+            undo.callback(writer.close)
+            plane.capture(form["capture"], writer)
+            undo.pop_all()
+        self._captures[form["capture"]] = form["network"], writer
         return {}, []
 
     def _end_capture(self, form: dict[str, Any], _: list[int]) -> _Answer:
-        plane = self._planes.get(self._captures.pop(form["capture"]))
-        if plane is not None:  # a network that is gone has closed it
+        network, writer = self._captures.pop(form["capture"])
+        plane = self._planes.get(network)
+        if plane is not None and form["capture"] in self._hubs[network].captures:
             plane.end_capture(form["capture"])
-        return {}, []
+        # A network that is gone has closed it, also if there is another one of its number now.
+        failure = writer.failure
+        return {"failure": "" if failure is None else failure.strerror or str(failure)}, []
 
     def _counts(self, form: dict[str, Any], _: list[int]) -> _Answer:
         return dict(self._plane(form).counts()), []

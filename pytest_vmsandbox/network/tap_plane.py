@@ -99,18 +99,27 @@ class TapPlane:
 
     def cut(self, pairs: Iterable[frozenset[str]]) -> None:
         """Part of Plane."""
-        self._hub.cut(pairs)
-        self._choose()
+        with ExitStack() as undo:
+            undo.callback(self._hub.cut, self._hub.cuts)
+            self._hub.cut(pairs)
+            self._choose()
+            undo.pop_all()
 
     def impair(self, impairment: Impairment) -> None:
         """Part of Plane."""
-        self._hub.impairment = impairment
-        self._choose()
+        with ExitStack() as undo:
+            undo.callback(setattr, self._hub, "impairment", self._hub.impairment)
+            self._hub.impairment = impairment
+            self._choose()
+            undo.pop_all()
 
     def capture(self, number: int, writer: PcapWriter) -> None:
         """Part of Plane."""
-        self._hub.captures[number] = writer
-        self._choose()
+        with ExitStack() as undo:
+            undo.callback(self._hub.captures.pop, number)
+            self._hub.captures[number] = writer
+            self._choose()
+            undo.pop_all()
 
     def end_capture(self, number: int) -> None:
         """Part of Plane."""
@@ -176,16 +185,21 @@ class TapPlane:
                 raise
 
     def _go_by_hub(self) -> None:
-        self._hub.forget_addresses()  # it has heard nothing for a while
-        self._by_hub = True
+        """All of them, or none: what was prepared in vain is of use the next time."""
         if HOST_PORT not in self._ways:
             self._open_way()
         for port in self._cables:
             self._prepare(port)
-        for cable in self._cables.values():
-            cable.divert()
-        # Last: whoever is on the bridge still is heard there, and would be heard again by the hub.
-        self._route.set_up(self._way)
+        self._hub.forget_addresses()  # it has heard nothing for a while
+        with ExitStack() as undo:
+            for cable in self._cables.values():
+                cable.divert()
+                undo.callback(cable.rejoin)
+            # Last: whoever is on the bridge still is heard there, and would be heard again by the
+            # hub.
+            self._route.set_up(self._way)
+            undo.pop_all()
+        self._by_hub = True
 
     def _go_by_bridge(self) -> None:
         self._catch_up()
@@ -198,10 +212,15 @@ class TapPlane:
         """Have a way around for a port, which it does not go yet."""
         cable = self._cables[port]
         if port not in self._ways:
-            self._ways[port] = TapPort(port, cable.open_detour())
-            self._hub.plug_machine(self._ways[port], self._machines[port])
-            for name in cable.interfaces[1:]:
-                self._watch_over(port, name)
+            way = TapPort(port, cable.open_detour())
+            try:
+                self._hub.plug_machine(way, self._machines[port])
+            except BaseException:
+                way.close()
+                raise
+            self._ways[port] = way
+        for name in cable.interfaces[len(self._watched[port]) :]:
+            self._watch_over(port, name)
 
     def _open_way(self) -> None:
         """Connect the hub with the bridge, which is nothing but the host's end then."""

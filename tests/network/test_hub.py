@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import io
 import socket
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
 from random import Random
 
 import pytest
 
+from pytest_vmsandbox.linux import OwnedFd
 from pytest_vmsandbox.network.frames import FrameReader, encode_frame
-from pytest_vmsandbox.network.hub import LEARNED_AT_MOST, Hub
+from pytest_vmsandbox.network.hub import LATE_AT_MOST, LEARNED_AT_MOST, Hub
 from pytest_vmsandbox.network.impairment import Impairment
 from pytest_vmsandbox.network.pcap import PcapWriter
-from pytest_vmsandbox.network.port import WAITING_AT_MOST, StreamPort
+from pytest_vmsandbox.network.port import WAITING_AT_MOST, Port, StreamPort, TapPort
 
 EVERYBODY = b"\xff" * 6
 
@@ -199,6 +202,23 @@ async def test_another_rate_does_not_wait_for_what_the_former_had_to_carry(
     assert await two.hear(5) == frame(mac(2), mac(1), b"soon")
 
 
+async def test_what_is_late_for_one_machine_fills_no_memory(hub: Hub, cards: list[Card]) -> None:
+    one, _, three = cards
+    hub.impairment = Impairment(delay_s=0.5)
+    big = frame(mac(2), mac(1), bytes(60_000))
+    for _ in range(LATE_AT_MOST // len(big) + 10):
+        await one.send(big)
+    await one.send(frame(mac(3), mac(1)))
+
+    assert await three.hear() == frame(mac(3), mac(1))
+    assert hub.counts.overflowed >= 10
+    hub.impairment = Impairment(delay_s=0.001)
+    await until(lambda: not hub._late)
+    before = hub.counts.carried
+    await one.send(frame(mac(3), mac(1)))
+    await until(lambda: hub.counts.carried > before)
+
+
 async def test_what_is_late_when_the_hub_is_closed_is_lost_without_a_word(
     hub: Hub, cards: list[Card]
 ) -> None:
@@ -289,6 +309,61 @@ async def test_what_is_captured_is_what_was_sent(hub: Hub, cards: list[Card]) ->
     await two.hears_nothing()
 
     assert file.getvalue().endswith(b"lost, and yet sent")
+
+
+async def test_a_capture_that_can_not_be_written_harms_nobody_and_says_why(
+    hub: Hub, cards: list[Card], tmp_path: Path
+) -> None:
+    one, two, _ = cards
+    with Path("/dev/full").open("wb") as full, (tmp_path / "lan.pcap").open("wb") as file:
+        writers = hub.captures[1], hub.captures[2] = PcapWriter(full), PcapWriter(file)
+        await one.send(frame(mac(2), mac(1), b"one"), frame(mac(2), mac(1), b"two"))
+
+        assert await two.hear() == frame(mac(2), mac(1), b"one")
+        assert await two.hear() == frame(mac(2), mac(1), b"two")
+        failures = [writer.failure for writer in writers]
+    assert isinstance(failures[0], OSError)
+    assert failures[0].errno == errno.ENOSPC
+    assert failures[1] is None
+    assert (tmp_path / "lan.pcap").read_bytes().endswith(b"two")
+
+
+async def test_a_stream_is_read_in_pieces_so_that_others_have_their_turn(hub: Hub) -> None:
+    turns: list[int] = []
+    theirs, ours = socket.socketpair()
+    port = StreamPort("a", theirs)
+    blob = encode_frame(frame(EVERYBODY, mac(1), bytes(1000))) * 150
+    ours.settimeout(0)
+    sent = ours.send(blob)
+    port.start(lambda _, frames: turns.append(sum(map(len, frames))))
+    await until(lambda: sum(turns) > sent - 2000)
+    port.close()
+    ours.close()
+
+    assert sent > 64 * 1024
+    assert max(turns) <= 32 * 1024
+
+
+async def test_catching_up_with_a_tap_ends_though_more_comes_all_the_time() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    for sock in (ours, theirs):
+        sock.settimeout(0)
+    port = TapPort("a", OwnedFd(theirs.detach()))
+    came: list[bytes] = []
+
+    def refill(_: Port, frames: Sequence[bytes]) -> None:
+        came.extend(frames)
+        for _frame in frames if len(came) < 5000 else ():
+            ours.send(frame(EVERYBODY, mac(1)))
+
+    port.start(refill)
+    for _ in range(64):
+        ours.send(frame(EVERYBODY, mac(1)))
+    port.catch_up()
+    port.close()
+    ours.close()
+
+    assert 500 <= len(came) <= 1000
 
 
 async def test_one_that_does_not_listen_loses_its_own_frames_and_nobody_elses(

@@ -96,6 +96,20 @@ async def test_all_that_can_be_asked_for(line: SwitchLine, tmp_path: Path) -> No
         assert await two.hear() == b""
 
 
+async def test_a_capture_that_can_not_be_written_is_told_of_also_when_its_network_is_gone(
+    line: SwitchLine,
+) -> None:
+    for dropped in (False, True):
+        with await Card.plugged(line, 7, "one") as one, Path("/dev/full").open("wb") as full:
+            await line.capture(7, 1, full.fileno())
+            one.sock.sendall(encode_frame(FRAME))
+            await asyncio.sleep(0.1)
+            if dropped:
+                await line.drop(7)
+            assert await line.end_capture(1) == os.strerror(errno.ENOSPC)
+            await line.drop(7)
+
+
 async def test_what_can_not_be_is_refused_and_nothing_else_suffers(line: SwitchLine) -> None:
     with await Card.plugged(line, 0, "one") as one:
         with pytest.raises(OSError, match="port one already"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -228,6 +229,68 @@ async def test_a_network_is_gone_with_what_is_late_on_it_and_others_go_on(
 
     assert await line.counts(1)
     (await line.plug(0, "1", title="lan")).close()
+
+
+async def test_who_moved_while_nothing_was_wrong_is_found_where_he_is(
+    line: SwitchLine, cards: list[Card]
+) -> None:
+    one, two, three = cards
+    slow, well = Impairment(delay_s=0.001), Impairment()
+    await line.impair(0, slow)
+    two.say(mac(1), b"here")
+    await one.hear(b"here")
+    await line.impair(0, well)
+    await line.counts(0)
+    os.write(three.tap, bytes(_VNET_HEADER) + frame(mac(1), two.number, b"moved"))
+    await one.hear(b"moved")
+    three.heard()  # of when the bridge did not know whom it is for
+    await line.impair(0, slow)
+    one.say(mac(2), b"found")
+
+    await three.hear(b"found")
+
+
+async def test_a_change_that_can_not_be_made_is_made_for_nobody_and_can_be_made_later(
+    tmp_path: Path,
+) -> None:
+    tier = Tier.ROOT if os.getuid() == 0 else Tier.USERNS
+    switches: list[int] = []
+    async with AsyncExitStack() as held:
+        try:
+            warden = await held.enter_async_context(open_warden(tier, log=tmp_path / "warden.log"))
+            opened = open_walled_switch(
+                warden,
+                tier,
+                wish=WireKind.TAP,
+                log=tmp_path / "switch.log",
+                started=lambda identity: switches.append(identity.pid),
+            )
+            line = await held.enter_async_context(opened)
+        except HostUnfit as unfit:
+            pytest.skip(str(unfit))
+        if not switches:
+            pytest.skip("it is not known which process the switch is")
+        one, two = [Card(at, await line.plug(0, str(at), title="lan")) for at in (1, 2)]
+        with one.tap, two.tap:
+            limits = resource.prlimit(switches[0], resource.RLIMIT_NOFILE)
+            there = set(map(int, os.listdir(f"/proc/{switches[0]}/fd")))  # noqa: PTH208
+            # Free for the way to the bridge, and what is needed to make it, but not for all ways.
+            free = [number for number in range(4 * len(there) + 40) if number not in there]
+            for left in (1, 2, 3, 4):
+                low = (free[left], limits[1])
+                resource.prlimit(switches[0], resource.RLIMIT_NOFILE, low)
+                with suppress(NetworkFailed):
+                    await line.impair(0, Impairment(loss=1.0))
+                    await line.impair(0, Impairment())
+                resource.prlimit(switches[0], resource.RLIMIT_NOFILE, limits)
+                one.say(EVERYBODY, b"as before")
+                await two.hear(b"as before")
+            await line.cut(0, [frozenset("12")])
+            one.say(EVERYBODY, b"cut")
+            await asyncio.sleep(0.2)
+            assert two.heard() == []
+            assert (await line.counts(0))["cut"] == 1
+    assert (tmp_path / "switch.log").read_text() == ""
 
 
 # A TCP segment of 4000 bytes over IPv4 as a guest leaves it to its card: to be cut into pieces of
