@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from pytest_vmsandbox.deadline import Deadline
 from pytest_vmsandbox.errors import ChannelLost, TimedOut
 from pytest_vmsandbox.guest.messages import ExecRequest, WindowSize
 from pytest_vmsandbox.guest.process import GuestProcess
@@ -98,6 +99,20 @@ class Commands(MachineCore):
         Raises TimedOut after `timeout` seconds (30), with the last attempt's output.
         """
         deadline = self._deadline(timeout, CONDITION_S)
+        await self._wait_for(f"success of {command!r} in {self.name}", command, deadline)
+
+    async def wait_for_port(self, *where: int | str, timeout: float | None = None) -> None:
+        """Return once a TCP port is listened on: `(80)` in this guest, `(host, 80)` from it.
+
+        Raises TimedOut after `timeout` seconds (30), with the last attempt's output.
+        """
+        deadline = self._deadline(timeout, CONDITION_S)
+        command = port_check(where)
+        *host, port = where
+        place = f"on {host[0]}, reached from {self.name}" if host else f"in {self.name}"
+        await self._wait_for(f"a listener on port {port} {place}", command, deadline)
+
+    async def _wait_for(self, what: str, command: str | Sequence[str], deadline: Deadline) -> None:
         request = _request(command, env=None, cwd=None, user=None, stdin=False)
         last_seen = "it was never run to its end"
         for pause_s in _pauses():
@@ -119,14 +134,7 @@ class Commands(MachineCore):
             if deadline.passed:
                 break
             await asyncio.sleep(min(pause_s, deadline.left_s))
-        raise deadline.timed_out(f"success of {command!r} in {self.name}", last_seen)
-
-    async def wait_for_port(self, *where: int | str, timeout: float | None = None) -> None:
-        """Return once a TCP port is listened on: `(80)` in this guest, `(host, 80)` from it.
-
-        Raises TimedOut after `timeout` seconds (30).
-        """
-        await self.wait_until(port_check(where), timeout=timeout)
+        raise deadline.timed_out(what, last_seen)
 
 
 def _request(

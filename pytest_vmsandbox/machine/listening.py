@@ -24,6 +24,8 @@ echo "$said" >&2
 exit 1
 """
 
+_SAY_OPTIONS = 'case $(nc -h 2>&1) in *"Shutdown the network socket"*) echo -N ;; esac'
+
 
 def port_check(where: tuple[int | str, ...]) -> list[str]:
     """A command that succeeds where a port is listened on: `(80,)` here, `(host, 80)` from here.
@@ -39,10 +41,16 @@ def port_check(where: tuple[int | str, ...]) -> list[str]:
 
 
 def listener_check(address: str, port: int) -> list[str]:
-    """A command that succeeds where who connects to that IPv4 address of the guest is heard."""
+    """A command that succeeds where who connects to that IPv4 address of the guest is heard.
+
+    It prints the options with which the guest's nc, as others do, hands on that its input has
+    ended: OpenBSD's keeps it to itself without.
+    """
     # proc_net_tcp: each 32 bits as the guest's processor reads them, the lowest byte first.
     exact = IPv4Address(address).packed[::-1].hex().upper()
-    return _listed(f"({_ANY_V4}|{exact}|{_ANY_V6}|{_MAPPED}{exact})", port)
+    listed = _listed(f"({_ANY_V4}|{exact}|{_ANY_V6}|{_MAPPED}{exact})", port)
+    listed[-1] += f" && {_SAY_OPTIONS}"
+    return listed
 
 
 def _listed(address: str, port: int) -> list[str]:

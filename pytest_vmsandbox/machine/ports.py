@@ -134,10 +134,11 @@ class Ports(MachineCore):
 
     async def _relay(self, channel: Channel, address: str, port: int) -> socket.socket:
         """A socket whose other end a process in the guest connects with that port."""
-        await self._require_listener(channel, address, port)
+        options = await self._require_listener(channel, address, port)
         ours, theirs = tcp_pair()
         try:
-            process = await channel.spawn(ExecRequest(argv=["nc", address, str(port)], stdin=True))
+            request = ExecRequest(argv=["nc", *options, address, str(port)], stdin=True)
+            process = await channel.spawn(request)
         except BaseException:
             ours.close()
             theirs.close()
@@ -145,7 +146,8 @@ class Ports(MachineCore):
         self._carry(_carry_through(process, ours))
         return theirs
 
-    async def _require_listener(self, channel: Channel, address: str, port: int) -> None:
+    async def _require_listener(self, channel: Channel, address: str, port: int) -> list[str]:
+        """The options that nc needs; ConnectionRefusedError where nobody would be reached."""
         request = ExecRequest(argv=listener_check(address, port))
         deadline = self._deadline(None, CONNECT_S)
         found = await run_command(channel, request, stdin=None, deadline=deadline)
@@ -153,6 +155,7 @@ class Ports(MachineCore):
             raise ConnectionRefusedError(
                 errno.ECONNREFUSED, f"nothing in {self.name} listens on port {port} of {address}"
             )
+        return found.stdout.decode().split()
 
     def _carry(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
