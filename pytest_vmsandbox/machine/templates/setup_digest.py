@@ -36,6 +36,9 @@ from pytest_vmsandbox.machine.templates.module_text import describe_module
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, range, type(...), PurePath)
 _CACHED = type(functools.cache(len))
 _CODE = (FunctionType, type, BuiltinFunctionType)
+# What code is said to be from that was typed in or put together: many have each of these names, so
+# what Python knows under it may be somebody else's text.
+_ANYBODYS = ("<string>", "<stdin>")
 
 
 def digest_setup(
@@ -156,6 +159,9 @@ class _Walk:
         self._classes -= 1
 
     def _take_text(self, value: CodeType | type, name: str) -> None:
+        if isinstance(value, CodeType) and value.co_filename in _ANYBODYS:
+            self._refuse(name, "without source")
+            return
         try:
             self.seen.append(textwrap.dedent(inspect.getsource(value)))
         except (OSError, TypeError):
