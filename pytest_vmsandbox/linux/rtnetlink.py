@@ -120,7 +120,7 @@ class RouteSocket:
 
     def set_master(self, name: str, bridge: str | None) -> None:
         """Make an interface a port of that bridge, and of no other; None: of none."""
-        index = 0 if bridge is None else _index(bridge)
+        index = 0 if bridge is None else self._index(bridge)
         master = _attribute(_IFLA_MASTER, struct.pack("=I", index))
         self._change(name, master, what=f"make a port of {bridge}:")
 
@@ -140,7 +140,7 @@ class RouteSocket:
 
     def stats(self, name: str) -> LinkStats:
         """What an interface has sent so far."""
-        body = _LINK.pack(socket.AF_UNSPEC, 0, _index(name), 0, 0)
+        body = _LINK.pack(socket.AF_UNSPEC, 0, self._index(name), 0, 0)
         answer = self._exchange(_RTM_GETLINK, body, _NLM_F_REQUEST, what=f"look at {name}")
         found = _read_attributes(answer, _HEADER.size + _LINK.size)
         _, sent, _, _, _, _, _, dropped = _STATS.unpack_from(found[_IFLA_STATS64])
@@ -178,13 +178,13 @@ class RouteSocket:
 
     def delete(self, name: str) -> None:
         """Remove an interface; its peer goes with it."""
-        body = _LINK.pack(socket.AF_UNSPEC, 0, _index(name), 0, 0)
+        body = _LINK.pack(socket.AF_UNSPEC, 0, self._index(name), 0, 0)
         self._ask(_RTM_DELLINK, body, 0, what=f"delete {name}")
 
     def add_address(self, name: str, address: IPv4Interface | IPv6Interface) -> None:
         """Add an address, without asking whether somebody else has it (RFC 4862, 5.4)."""
         family = socket.AF_INET if address.version == 4 else socket.AF_INET6  # noqa: PLR2004
-        index = _index(name)
+        index = self._index(name)
         body = b"".join(
             (
                 _ADDRESS.pack(family, address.network.prefixlen, 0, 0, index),
@@ -211,9 +211,21 @@ class RouteSocket:
     def _change(
         self, name: str, attributes: bytes, *, what: str, flags: int = 0, change: int = 0
     ) -> None:
-        index = _index(name)
+        index = self._index(name)
         body = _LINK.pack(socket.AF_UNSPEC, 0, index, flags, flags | change) + attributes
         self._ask(_RTM_NEWLINK, body, 0, what=f"{what} {name}")
+
+    def _index(self, name: str) -> int:
+        """By this line, not if_nametoindex(3): whoever has no descriptor left can undo things."""
+        body = _LINK.pack(socket.AF_UNSPEC, 0, 0, 0, 0) + _name(name)
+        try:
+            answer = self._exchange(_RTM_GETLINK, body, _NLM_F_REQUEST, what=f"look for {name}")
+        except OSError as error:
+            if error.errno != errno.ENODEV:
+                raise
+            raise OSError(errno.ENODEV, f"rtnetlink: there is no interface {name}") from None
+        _, _, index, _, _ = _LINK.unpack_from(answer, _HEADER.size)
+        return int(index)
 
     def _ask(self, kind: int, body: bytes, flags: int, *, what: str) -> None:
         flags |= _NLM_F_REQUEST | _NLM_F_ACK
@@ -245,13 +257,6 @@ def _render_rule(rule: Rule) -> bytes:
         _attribute(kind, struct.pack("=I", value))
         for kind, value in ((_FRA_PRIORITY, rule.priority), (_FRA_TABLE, table))
     )
-
-
-def _index(name: str) -> int:
-    try:
-        return socket.if_nametoindex(name)
-    except OSError:
-        raise OSError(errno.ENODEV, f"rtnetlink: there is no interface {name}") from None
 
 
 def _attribute(kind: int, value: bytes) -> bytes:

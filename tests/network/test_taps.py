@@ -268,23 +268,33 @@ async def test_a_change_that_can_not_be_made_is_made_for_nobody_and_can_be_made_
             line = await held.enter_async_context(opened)
         except HostUnfit as unfit:
             pytest.skip(str(unfit))
-        if not switches:
+        if not switches[0]:
             pytest.skip("it is not known which process the switch is")
+        first = switches[0]  # of its own processes, and there is one more
+        switch = int(Path(f"/proc/{first}/task/{first}/children").read_text())
         one, two = [Card(at, await line.plug(0, str(at), title="lan")) for at in (1, 2)]
         with one.tap, two.tap:
-            limits = resource.prlimit(switches[0], resource.RLIMIT_NOFILE)
-            there = set(map(int, os.listdir(f"/proc/{switches[0]}/fd")))  # noqa: PTH208
-            # Free for the way to the bridge, and what is needed to make it, but not for all ways.
+            limits = resource.prlimit(switch, resource.RLIMIT_NOFILE)
+            there = set(map(int, os.listdir(f"/proc/{switch}/fd")))  # noqa: PTH208
+            # First for nothing, then for some of the ways, and for all of them at last.
             free = [number for number in range(4 * len(there) + 40) if number not in there]
-            for left in (1, 2, 3, 4):
-                low = (free[left], limits[1])
-                resource.prlimit(switches[0], resource.RLIMIT_NOFILE, low)
-                with suppress(NetworkFailed):
+            refused = 0
+            for last in free:
+                resource.prlimit(switch, resource.RLIMIT_NOFILE, (last, limits[1]))
+                try:
                     await line.impair(0, Impairment(loss=1.0))
-                    await line.impair(0, Impairment())
-                resource.prlimit(switches[0], resource.RLIMIT_NOFILE, limits)
+                except NetworkFailed:
+                    refused += 1
+                else:
+                    break
                 one.say(EVERYBODY, b"as before")
                 await two.hear(b"as before")
+            resource.prlimit(switch, resource.RLIMIT_NOFILE, limits)
+            assert refused
+            one.say(EVERYBODY, b"lost")
+            await asyncio.sleep(0.2)
+            assert two.heard() == []
+            await line.impair(0, Impairment())
             await line.cut(0, [frozenset("12")])
             one.say(EVERYBODY, b"cut")
             await asyncio.sleep(0.2)
