@@ -5,48 +5,27 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import count, product
 from pathlib import Path
+from typing import Any
 
 from pytest_vmsandbox.errors import NetworkFailed, RequestInvalid, TimedOut
 from pytest_vmsandbox.host.facts import Tier
 from pytest_vmsandbox.linux import OwnedFd
+from pytest_vmsandbox.machine.carried_network import CarriedNetwork
 from pytest_vmsandbox.machine.kept_gateway import KeptGateway, StartGateway
 from pytest_vmsandbox.machine.wires import LooseWires, PluggedWires, Wires
 from pytest_vmsandbox.network.addresses import NETWORKS, WAY_OUT, Address, Lessor
 from pytest_vmsandbox.network.client import SwitchLine
-from pytest_vmsandbox.network.impairment import Impairment
 from pytest_vmsandbox.network.topology import NAT
 from pytest_vmsandbox.network.way_out import WayOut
 from pytest_vmsandbox.network.wire_kind import AUTO, WireKind
 
 # For a tier, and a wish of WISHES.
 StartSwitch = Callable[[Tier, str], AbstractAsyncContextManager[SwitchLine]]
-
-
-@dataclass(slots=True, kw_only=True)
-class _Network:
-    lessor: Lessor
-    line: SwitchLine | None = None  # which carries it, once a machine was on
-    plugged: set[str] = field(default_factory=set)
-    members: dict[str, PluggedWires] = field(default_factory=dict)
-    cuts: set[frozenset[str]] = field(default_factory=set)
-    impairment: Impairment = field(default_factory=Impairment)
-
-    @property
-    def number(self) -> int:
-        """What the switch calls it."""
-        return self.lessor.network
-
-    @property
-    def carried_by(self) -> SwitchLine:
-        """The switch that carries it; RequestInvalid before any machine on it was on."""
-        if self.line is None:
-            raise RequestInvalid(f"no machine on network {self.lessor.name!r} has been on yet")
-        return self.line
 
 
 class Networks:
@@ -63,7 +42,7 @@ class Networks:
         self._start = start
         self._gateway = KeptGateway(start_gateway)
         self._wish = wish
-        self._networks: dict[str, _Network] = {}
+        self._networks: dict[str, CarriedNetwork] = {}
         self._running = AsyncExitStack()
         self._tier: Tier | None = None
         self._line: SwitchLine | None = None
@@ -94,10 +73,11 @@ class Networks:
     async def _open_loose_tap(self) -> OwnedFd:
         return await (await self._switch()).loose_tap()
 
-    def join(self, machine: str, former: Wires, *, tier: Tier) -> Wires:
+    def join(self, machine: str, former: Wires, *, tier: Tier, time_scale: float = 1.0) -> Wires:
         """A machine's places on its networks, which are made where they are not there yet.
 
-        `former` names them, and has the cards that its guest may still know by their old addresses.
+        `former` names them, and has the cards that its guest may still know by their old addresses:
+        those of a template, or of a machine whose twin it is, and with which it is cut off.
         RequestInvalid where its name is taken on one, or one is full; it is on none then.
         """
         self._tier = self._tier or tier
@@ -113,9 +93,17 @@ class Networks:
                 if name in self._networks and not self._networks[name].members:
                     del self._networks[name]  # it was made just now
             raise
-        wires = PluggedWires(machine, addresses, self, former=[card.mac for card in former.cards])
+        wires = PluggedWires(
+            machine,
+            addresses,
+            self,
+            former=[card.mac for card in former.cards],
+            time_scale=time_scale,
+        )
         for name in networks:
             self._networks[name].members[machine] = wires
+            if isinstance(former, PluggedWires):
+                self._networks[name].inherit(machine, former.machine)
         return wires
 
     async def close(self) -> None:
@@ -142,6 +130,12 @@ class Networks:
         except OSError as error:
             raise NetworkFailed(f"{name} can't be plugged into {network!r}: {error}") from error
         there.plugged.add(name)
+        if there.told is not there.line:  # nothing is sent there yet: its machine has not begun
+            try:
+                await there.have_wrong(there.cuts, there.impairment)
+            except BaseException:
+                wire.close()
+                raise
         return wire
 
     async def unplug(self, network: str, name: str, address: Address) -> None:
@@ -178,26 +172,23 @@ class Networks:
                 continue
             del network.members[wires.machine]
             network.lessor.release(wires.machine)
-            await self._forget_if_empty(name)
-
-    async def _forget_if_empty(self, name: str) -> None:
-        network = self._networks[name]
-        if not network.members:
-            del self._networks[name]
-            if network.line is not None:
-                with suppress(NetworkFailed):  # it has ended, and remembers nothing
-                    await self._forget(name, network.line, network.number)
-
-    async def _forget(self, name: str, line: SwitchLine, number: int) -> None:
-        if name == NAT:  # its gateway stays
-            try:
-                await line.cut(number, ())
-                await line.impair(number, Impairment())
-            except NetworkFailed:
-                await self._gateway.close()  # another one gets another network
+            if network.members:
+                await network.let_go(wires.machine)
             else:
-                return
-        await line.drop(number)
+                await self._forget(name)
+
+    async def _forget(self, name: str) -> None:
+        """Have it no more, now that nobody is on it."""
+        network = self._networks.pop(name)
+        with suppress(NetworkFailed):  # it has ended, and remembers nothing
+            if name == NAT:  # its gateway stays
+                try:
+                    await network.heal()
+                except NetworkFailed:
+                    await self._gateway.close()  # another one gets another network
+                else:
+                    return
+            await network.drop()
 
     async def _switch(self) -> SwitchLine:
         """The switch that runs, started where none does."""
@@ -223,15 +214,16 @@ class Networks:
     @property
     def disturbed(self) -> bool:
         """Whether anything is wrong with any of them, or is captured."""
-        wrong = any(each.cuts or not each.impairment.none for each in self._networks.values())
-        return wrong or bool(self._capturing)
+        return bool(self._capturing) or any(each.disturbed for each in self._networks.values())
 
     async def settle(self) -> None:
-        """Leave nothing of what a test did to them."""
-        with suppress(NetworkFailed, TimedOut):  # whoever uses them next is told
-            for number in tuple(self._capturing):
-                await self.end_capture(number)
-            await self.heal()
+        """Leave nothing of what a test did to them; OSError, in the end, where some stays.
+
+        That a network is carried no more is said to whoever uses it next.
+        """
+        ending = [self.end_capture(number) for number in tuple(self._capturing)]
+        healing = [each.heal() for each in tuple(self._networks.values())]
+        await _do_all((*ending, *healing), ignored=(NetworkFailed, TimedOut))
 
     async def partition(
         self, one: Sequence[str], other: Sequence[str], *, network: str | None
@@ -249,24 +241,18 @@ class Networks:
                 for pair in product(one, other)
                 if all(machine in each.members for machine in pair)
             }
-            each.cuts |= pairs
-            await each.carried_by.cut(each.number, each.cuts)
+            await each.have_wrong(each.cuts | pairs, each.impairment)
 
     async def impair(self, *, network: str | None, **changes: float | None) -> None:
         """Change what is wrong with the wires: the fields of Impairment."""
         for each in self._chosen(network):
             changed = replace(each.impairment, **changes)  # type: ignore[arg-type]  # as it says
-            await each.carried_by.impair(each.number, changed)
-            each.impairment = changed
+            await each.have_wrong(each.cuts, changed)
 
     async def heal(self, *, network: str | None = None) -> None:
-        """Let everything pass again, at once."""
-        for each in self._chosen(network) if self._networks else ():
-            each.cuts.clear()
-            each.impairment = Impairment()
-            if each.line is not None:
-                await each.line.cut(each.number, ())
-                await each.line.impair(each.number, each.impairment)
+        """Let everything pass again, at once; one network that fails keeps no other from it."""
+        chosen = self._chosen(network) if self._networks else ()
+        await _do_all([each.heal() for each in chosen])
 
     async def counts(self, *, network: str) -> Mapping[str, int]:
         """What became of its frames: carried, cut, lost, overflowed."""
@@ -298,20 +284,30 @@ class Networks:
         there = self._networks[network]
         return await there.carried_by.connect(there.number, address, port, timeout_s=timeout_s)
 
-    def _made(self, name: str) -> _Network:
+    def _made(self, name: str) -> CarriedNetwork:
         if name not in self._networks:
             taken = {each.number for each in self._networks.values()}
             numbers = (WAY_OUT,) if name == NAT else NETWORKS
             number = next((number for number in numbers if number not in taken), None)
             if number is None:
                 raise RequestInvalid(f"there are {len(NETWORKS)} networks already, and no more")
-            self._networks[name] = _Network(lessor=Lessor(name=name, network=number))
+            self._networks[name] = CarriedNetwork(lessor=Lessor(name=name, network=number))
         return self._networks[name]
 
-    def _chosen(self, name: str | None) -> list[_Network]:
+    def _chosen(self, name: str | None) -> list[CarriedNetwork]:
         """The network of that name, or all."""
         if (name is not None and name not in self._networks) or not self._networks:
             wanted = "a network" if name is None else f"a network {name!r}"
             there = ", ".join(self._networks) or "none"
             raise RequestInvalid(f"there is not {wanted} now", f"there is: {there}")
         return list(self._networks.values()) if name is None else [self._networks[name]]
+
+
+async def _do_all(
+    steps: Sequence[Coroutine[Any, Any, None]], *, ignored: tuple[type[Exception], ...] = ()
+) -> None:
+    """Do each, and raise afterwards the first error that is not ignored."""
+    errors = await asyncio.gather(*steps, return_exceptions=True)
+    for error in errors:
+        if error is not None and not isinstance(error, ignored):
+            raise error

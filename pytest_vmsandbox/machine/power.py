@@ -103,12 +103,14 @@ class Power(MachineCore):
         async with self._changing:
             await self.qmp("stop")
             self._on().channel.heartbeat.suspend()
+            self.build.wires.stand_still()
 
     async def resume(self) -> None:
         """Let the guest's processors go on."""
         async with self._changing:
             await self.qmp("cont")
             self._on().channel.heartbeat.resume()
+            await self.build.wires.catch_up()
 
     async def close(self) -> None:
         """End it for good: neither process nor file of it is left. Safe to repeat."""

@@ -24,8 +24,10 @@ from pytest_vmsandbox.network.wire_kind import WireKind
 from pytest_vmsandbox.vmm.launch import Wire as WireEnd
 from pytest_vmsandbox.vmm.qemu import Card
 
-# What a guest that is already running may take to note a new neighbour; one that is paused can't.
+# How long whoever comes waits for a guest that runs to note him, and how long that one is left
+# alone then, in seconds, before scaling.
 NEIGHBOUR_S = 5.0
+RETRY_S = 1.0
 
 _DRIVER = "virtio_net"
 
@@ -60,6 +62,12 @@ class Wires(Protocol):
 
     async def resume(self, channel: Channel) -> None:
         """The same for a guest that knows it all, but has missed what happened meanwhile."""
+
+    def stand_still(self) -> None:
+        """Tell the guest nothing: it is paused."""
+
+    async def catch_up(self) -> None:
+        """Tell the guest, which was paused, whom it has missed."""
 
     async def connect(self, network: str, port: int, *, timeout_s: float) -> socket.socket:
         """A socket connected to the machine's port there; EOPNOTSUPP where we have no end of it."""
@@ -118,6 +126,12 @@ class LooseWires:
     async def resume(self, channel: Channel) -> None:
         """Part of Wires."""
 
+    def stand_still(self) -> None:
+        """Part of Wires."""
+
+    async def catch_up(self) -> None:
+        """Part of Wires."""
+
     async def connect(self, network: str, port: int, *, timeout_s: float) -> socket.socket:  # noqa: ARG002 - there is none
         """Part of Wires: there is nobody."""
         raise OSError(errno.EOPNOTSUPP, f"no end of network {network!r} is here")
@@ -170,6 +184,7 @@ class PluggedWires:
         switch: Switch,
         *,
         former: Sequence[str],
+        time_scale: float,
     ) -> None:
         self.machine = machine
         self.networks = tuple(addresses)
@@ -179,6 +194,9 @@ class PluggedWires:
         self._channel: Channel | None = None
         self._known: dict[str, Address] = {}  # whom the guest knows by name
         self._writing = asyncio.Lock()
+        self._time_scale = time_scale
+        self._paused = False
+        self._retrying: asyncio.Task[None] | None = None
         self._plugged: list[str] = []
         self._unplugging = asyncio.Lock()
 
@@ -205,7 +223,8 @@ class PluggedWires:
                     cards.append(replace(card, wire=WireEnd(wire)))
                 yield cards
             finally:
-                self._channel = None
+                self._channel, self._paused = None, False
+                self._stop_retrying()
                 await to_its_end(self.unplug())
 
     async def unplug(self) -> None:
@@ -242,6 +261,16 @@ class PluggedWires:
             raise NetworkFailed(f"{self.machine} can't be told who is there: {error}") from error
         await asyncio.gather(*(other.meet() for other in self._switch.neighbours(self)))
 
+    def stand_still(self) -> None:
+        """Part of Wires."""
+        self._paused = True
+        self._stop_retrying()
+
+    async def catch_up(self) -> None:
+        """Part of Wires."""
+        self._paused = False
+        await self.meet()
+
     async def connect(self, network: str, port: int, *, timeout_s: float) -> socket.socket:
         """Part of Wires."""
         address = str(self.addresses[network].ip)
@@ -254,18 +283,45 @@ class PluggedWires:
     async def introduce(self) -> None:
         """Have in the guest's list of names whoever is on its networks now."""
         async with self._writing:
-            channel, members = self._channel, self._members()
-            if channel is None or members == self._known:
-                return
-            text = render_hosts(await read_settings(channel, PATH), members)
-            await write_settings(channel, PATH, text)
-            self._known = members
+            channel = self._channel
+            while channel is not None and (members := self._members()) != self._known:
+                text = render_hosts(await read_settings(channel, PATH), members)
+                await write_settings(channel, PATH, text)
+                self._known = members
 
     async def meet(self) -> None:
-        """The same for a guest that is busy with other things: what goes wrong is its affair."""
-        with suppress(VmSandboxError, OSError, TimeoutError):
-            async with asyncio.timeout(NEIGHBOUR_S):
+        """The same for a guest that is busy with other things: what goes wrong is its affair.
+
+        One that does not get round to it in time is told again and again, without anybody waiting
+        for it; one that is paused, when it goes on.
+        """
+        if self._paused or self._retrying is not None or await self._in_time():
+            return
+        if self._channel is not None and not self._paused and self._retrying is None:
+            self._retrying = asyncio.create_task(self._retry())
+
+    async def _in_time(self) -> bool:
+        """Whether the guest was not too slow."""
+        try:
+            async with asyncio.timeout(NEIGHBOUR_S * self._time_scale):
                 await self.introduce()
+        except TimeoutError:
+            return False
+        except (VmSandboxError, OSError):
+            pass
+        return True
+
+    async def _retry(self) -> None:
+        late = True
+        while late:
+            await asyncio.sleep(RETRY_S * self._time_scale)
+            late = not await self._in_time()
+        self._retrying = None
+
+    def _stop_retrying(self) -> None:
+        if self._retrying is not None:
+            self._retrying.cancel()
+            self._retrying = None
 
     def _members(self) -> dict[str, Address]:
         found: dict[str, Address] = {}

@@ -307,7 +307,8 @@ class Worker:
             return build
         name, tier = build.config.name, Tier(build.tier)
         try:
-            return replace(build, wires=self.networks.join(name, build.wires, tier=tier))
+            wires = self.networks.join(name, build.wires, tier=tier, time_scale=build.time_scale)
+            return replace(build, wires=wires)
         except BaseException:
             # What it has of the machine that it is like is not its own.
             await self.end([MachineController(replace(build, wires=LooseWires()))])

@@ -32,6 +32,7 @@ from pytest_vmsandbox.lease.layout import LEDGER
 from pytest_vmsandbox.lease.ledger import read_ledger
 from pytest_vmsandbox.linux import ProcessIdentity
 from pytest_vmsandbox.machine.spec import MachineSpec
+from pytest_vmsandbox.machine.wires import NEIGHBOUR_S
 from pytest_vmsandbox.machine.worker import Worker
 from tests.signals import send_signal
 
@@ -362,6 +363,42 @@ def test_whoever_comes_later_is_known_by_name_and_whoever_has_left_is_forgotten(
     assert _reaches(first, "second")
     assert _reaches(second, "first")
     assert "9.9.9.9 mine\n" in first.read_text("/etc/hosts")
+
+
+def test_whoever_is_paused_learns_who_came_when_it_goes_on(vm_factory: MachineFactory) -> None:
+    one = vm_factory(network="lan", name="one")
+    vm_factory(network="lan", name="two")
+    one.pause()
+    began = time.monotonic()
+    vm_factory(network="lan", name="three")
+    took = time.monotonic() - began
+
+    one.resume()
+    known = one.read_text("/etc/hosts")
+
+    assert took < NEIGHBOUR_S
+    assert "three" in known
+    assert _reaches(one, "three")
+
+
+def test_whoever_is_slow_learns_who_came_once_it_is_not(vm_factory: MachineFactory) -> None:
+    one = vm_factory(network="lan", name="one")
+    one.qmp("stop")  # of which nobody is told
+    began = time.monotonic()
+    vm_factory(network="lan", name="two")
+    first_s = time.monotonic() - began
+    vm_factory(network="lan", name="three")
+    second_s = time.monotonic() - began - first_s
+
+    one.qmp("cont")
+    deadline = time.monotonic() + 60
+    while "three" not in one.read_text("/etc/hosts") and time.monotonic() < deadline:
+        time.sleep(0.2)
+
+    assert first_s >= NEIGHBOUR_S  # for which the first waits, and nobody else
+    assert second_s < first_s - NEIGHBOUR_S / 2
+    for name in ("two", "three"):
+        assert _reaches(one, name)
 
 
 def test_a_list_of_names_that_never_ends_is_not_read(vm_factory: MachineFactory) -> None:
