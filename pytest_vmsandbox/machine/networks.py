@@ -221,7 +221,7 @@ class Networks:
 
         That a network is carried no more is said to whoever uses it next.
         """
-        ending = [self.end_capture(number) for number in tuple(self._capturing)]
+        ending = [self._end_forgotten(number) for number in tuple(self._capturing)]
         healing = [each.heal() for each in tuple(self._networks.values())]
         await _do_all((*ending, *healing), ignored=(NetworkFailed, TimedOut))
 
@@ -276,6 +276,11 @@ class Networks:
         """Have all of it in the file, or say why it is not; one that has ended has."""
         line = self._capturing.pop(number, None)
         return "" if line is None else await line.end_capture(number)
+
+    async def _end_forgotten(self, number: int) -> None:
+        """End one that nobody has ended; OSError where not all of it is in its file."""
+        if failure := await self.end_capture(number):
+            raise OSError(f"a capture is not whole: {failure}")
 
     async def connect(
         self, network: str, address: str, port: int, *, timeout_s: float
