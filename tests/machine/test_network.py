@@ -228,7 +228,8 @@ def test_a_link_that_is_down_has_no_carrier(vm_factory: MachineFactory) -> None:
     one.link.down()
     down = one.run("cat /sys/class/net/eth0/carrier").stdout, _reaches(two, one.ip)
     one.link.up()
-    one.wait_until("grep -q 1 /sys/class/net/eth0/carrier")
+    # Linux sends nothing before it has looked at its links again, up to a second later.
+    one.wait_until("grep -q up /sys/class/net/eth0/operstate")
 
     assert down == ("0\n", False)
     assert _reaches(two, one.ip)
