@@ -113,6 +113,16 @@ def test_a_full_disk_is_told_and_leaves_no_half_a_file(vm_module: Machine) -> No
     vm_module.run("umount /mnt/small", check=True)
 
 
+def test_a_full_disk_is_told_whenever_the_rest_comes(vm_module: Machine) -> None:
+    vm_module.run("mkdir -p /mnt/full; mount -t tmpfs -o size=1m tmpfs /mnt/full", check=True)
+
+    for more in range(100):  # the last bytes meet a transfer that goes on, ends, or is over
+        with pytest.raises(OSError, match="No space left"):
+            vm_module.write_bytes("/mnt/full/file", b"x" * (MIB + 4096 * (1 + more)))
+
+    assert vm_module.run("ls -A /mnt/full").stdout == ""
+
+
 def test_pushing_what_is_not_there_fails_on_the_host(vm_module: Machine, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         vm_module.push(tmp_path / "missing", "/root/missing")

@@ -244,10 +244,16 @@ void job_read_status(struct job *job)
     job->launch = NULL;
 }
 
+/* The host has been told of its end and of its outputs', and knows nothing of it any more. */
+static bool is_over(const struct job *job)
+{
+    return job->exited && job->output[0].fd < 0 && job->output[1].fd < 0;
+}
+
 static void give_credit(struct job *job)
 {
     unsigned char payload[4];
-    if (job->detached || job->input_owed == 0)
+    if (job->detached || job->input_owed == 0 || is_over(job))
         return;
     put_u32(payload, job->input_owed);
     job->input_owed = 0;
@@ -257,7 +263,7 @@ static void give_credit(struct job *job)
 static void input_refused(struct job *job)
 {
     drop_input(job);
-    if (!job->detached)
+    if (!job->detached && !is_over(job))
         line_send(FRAME_EOF, 0, job->id, NULL, 0);
 }
 
@@ -495,7 +501,7 @@ void jobs_sweep(void)
         for (int i = 0; i < 2; i++)
             if (job->killed && job->exited && job->output[i].fd >= 0 && has_nothing_left_to_read(job->output[i].fd))
                 end_output(job, i);
-        if (job->exited && job->output[0].fd < 0 && job->output[1].fd < 0) {
+        if (is_over(job)) {
             *link = job->next;
             discard(job);
             continue;
