@@ -81,7 +81,7 @@ def open_lodging(tier: str, *, image: Image, agents: Sequence[Path]) -> Iterator
         name = "root"
         if tier != "root":
             # Two runs at once, and tiers of one run, have users of their own.
-            name = f"vmst{os.getpid()}{tier[:1]}"
+            name = f"vmst{os.getpid()}t{tier[:1]}"  # not what people.py calls its own
             undo.enter_context(made_user(name))
         if rule := SUDO_RULES.get(tier):
             undo.enter_context(made_sudoers(name, [rule.format(user=name)]))
