@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import errno
 import socket
-import struct
 from collections.abc import Iterator
 from typing import Self
 
+from pytest_vmsandbox.linux.netlink import HEADER, LINK
+
 _RTMGRP_LINK = 1
 _RTM_DELLINK = 17
-_HEADER = struct.Struct("=IHHII")  # struct nlmsghdr
-_LINK = struct.Struct("=BxHiII")  # struct ifinfomsg
 _BYTES = 1 << 16
 
 
@@ -66,8 +65,8 @@ class LinkNotices:
 def _gone(notices: bytes) -> Iterator[int]:
     at = 0
     while at < len(notices):
-        length, kind, *_ = _HEADER.unpack_from(notices, at)
-        family, _, index, *_ = _LINK.unpack_from(notices, at + _HEADER.size)
+        length, kind, *_ = HEADER.unpack_from(notices, at)
+        family, _, index, *_ = LINK.unpack_from(notices, at + HEADER.size)
         # A bridge says in the same words, for its own family, that a port has left it.
         if kind == _RTM_DELLINK and family == socket.AF_UNSPEC:
             yield index

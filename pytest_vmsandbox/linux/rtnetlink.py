@@ -12,6 +12,7 @@ from ipaddress import IPv4Interface, IPv4Network, IPv6Interface, IPv6Network
 from typing import Self
 
 from pytest_vmsandbox.linux.interface_name import check_interface_name
+from pytest_vmsandbox.linux.netlink import HEADER, LINK
 
 _RTM_NEWLINK, _RTM_DELLINK, _RTM_GETLINK, _RTM_NEWADDR = 16, 17, 18, 20
 _RTM_NEWRULE, _RTM_DELRULE = 32, 33
@@ -39,8 +40,6 @@ _FRA_DST, _FRA_IIFNAME, _FRA_PRIORITY, _FRA_TABLE = 1, 3, 6, 15
 _FR_ACT_TO_TBL, _FR_ACT_BLACKHOLE = 1, 6
 LOCAL_TABLE = 255  # what is the host itself (ip-route(8))
 
-_HEADER = struct.Struct("=IHHII")  # struct nlmsghdr
-_LINK = struct.Struct("=BxHiII")  # struct ifinfomsg
 _ADDRESS = struct.Struct("=BBBBI")  # struct ifaddrmsg
 _ATTRIBUTE = struct.Struct("=HH")  # struct rtattr
 _RULE = struct.Struct("=BBBBBxxBI")  # struct fib_rule_hdr
@@ -93,11 +92,8 @@ class RouteSocket:
 
     def add_veth(self, name: str, peer: str) -> None:
         """Make a pair of interfaces: what goes into one comes out of the other (veth(4))."""
-        other = _LINK.pack(socket.AF_UNSPEC, 0, 0, 0, 0) + _name(peer)
-        data = _attribute(_IFLA_INFO_DATA, _attribute(_VETH_INFO_PEER, other))
-        info = _attribute(_IFLA_LINKINFO, _text(_IFLA_INFO_KIND, "veth") + data)
-        body = _LINK.pack(socket.AF_UNSPEC, 0, 0, 0, 0) + _name(name) + info
-        self._ask(_RTM_NEWLINK, body, _NLM_F_CREATE | _NLM_F_EXCL, what=f"make veth {name}")
+        other = LINK.pack(socket.AF_UNSPEC, 0, 0, 0, 0) + _name(peer)
+        self._make("veth", name, _attribute(_VETH_INFO_PEER, other))
 
     def add_bridge(self, name: str, *, ageing_s: int, learned_at_most: int) -> None:
         """Make a bridge that carries from the first moment on, and keeps no frame to itself.
@@ -113,10 +109,7 @@ class RouteSocket:
             _BRIDGE_MULTICAST_SNOOPING: b"\0",
             _BRIDGE_LEARNED_AT_MOST: struct.pack("=I", learned_at_most),  # since Linux 6.7
         }
-        data = _attribute(_IFLA_INFO_DATA, _attributes(options))
-        info = _attribute(_IFLA_LINKINFO, _text(_IFLA_INFO_KIND, "bridge") + data)
-        body = _LINK.pack(socket.AF_UNSPEC, 0, 0, 0, 0) + _name(name) + info
-        self._ask(_RTM_NEWLINK, body, _NLM_F_CREATE | _NLM_F_EXCL, what=f"make bridge {name}")
+        self._make("bridge", name, _attributes(options))
 
     def set_master(self, name: str, bridge: str | None) -> None:
         """Make an interface a port of that bridge, and of no other; None: of none."""
@@ -140,9 +133,9 @@ class RouteSocket:
 
     def stats(self, name: str) -> LinkStats:
         """What an interface has sent so far."""
-        body = _LINK.pack(socket.AF_UNSPEC, 0, self._index(name), 0, 0)
+        body = LINK.pack(socket.AF_UNSPEC, 0, self._index(name), 0, 0)
         answer = self._exchange(_RTM_GETLINK, body, _NLM_F_REQUEST, what=f"look at {name}")
-        found = _read_attributes(answer, _HEADER.size + _LINK.size)
+        found = _read_attributes(answer, HEADER.size + LINK.size)
         _, sent, _, _, _, _, _, dropped = _STATS.unpack_from(found[_IFLA_STATS64])
         return LinkStats(sent=sent, dropped=dropped)
 
@@ -178,7 +171,7 @@ class RouteSocket:
 
     def delete(self, name: str) -> None:
         """Remove an interface; its peer goes with it."""
-        body = _LINK.pack(socket.AF_UNSPEC, 0, self._index(name), 0, 0)
+        body = LINK.pack(socket.AF_UNSPEC, 0, self._index(name), 0, 0)
         self._ask(_RTM_DELLINK, body, 0, what=f"delete {name}")
 
     def add_address(self, name: str, address: IPv4Interface | IPv6Interface) -> None:
@@ -208,37 +201,43 @@ class RouteSocket:
         """Remove a rule; FileNotFoundError where there is none such."""
         self._ask(_RTM_DELRULE, _render_rule(rule), 0, what=f"delete {rule}")
 
+    def _make(self, kind: str, name: str, options: bytes) -> None:
+        about = _text(_IFLA_INFO_KIND, kind) + _attribute(_IFLA_INFO_DATA, options)
+        info = _attribute(_IFLA_LINKINFO, about)
+        body = LINK.pack(socket.AF_UNSPEC, 0, 0, 0, 0) + _name(name) + info
+        self._ask(_RTM_NEWLINK, body, _NLM_F_CREATE | _NLM_F_EXCL, what=f"make {kind} {name}")
+
     def _change(
         self, name: str, attributes: bytes, *, what: str, flags: int = 0, change: int = 0
     ) -> None:
         index = self._index(name)
-        body = _LINK.pack(socket.AF_UNSPEC, 0, index, flags, flags | change) + attributes
+        body = LINK.pack(socket.AF_UNSPEC, 0, index, flags, flags | change) + attributes
         self._ask(_RTM_NEWLINK, body, 0, what=f"{what} {name}")
 
     def _index(self, name: str) -> int:
         """By this line, not if_nametoindex(3): whoever has no descriptor left can undo things."""
-        body = _LINK.pack(socket.AF_UNSPEC, 0, 0, 0, 0) + _name(name)
+        body = LINK.pack(socket.AF_UNSPEC, 0, 0, 0, 0) + _name(name)
         try:
             answer = self._exchange(_RTM_GETLINK, body, _NLM_F_REQUEST, what=f"look for {name}")
         except OSError as error:
             if error.errno != errno.ENODEV:
                 raise
             raise OSError(errno.ENODEV, f"rtnetlink: there is no interface {name}") from None
-        _, _, index, _, _ = _LINK.unpack_from(answer, _HEADER.size)
+        _, _, index, _, _ = LINK.unpack_from(answer, HEADER.size)
         return int(index)
 
     def _ask(self, kind: int, body: bytes, flags: int, *, what: str) -> None:
         flags |= _NLM_F_REQUEST | _NLM_F_ACK
         answer = self._exchange(kind, body, flags, what=what)
-        _, told, _, _, _ = _HEADER.unpack_from(answer)
+        _, told, _, _, _ = HEADER.unpack_from(answer)
         if told != _NLMSG_ERROR:
             raise OSError(errno.EPROTO, f"rtnetlink: {what}: no answer but a message {told}")
 
     def _exchange(self, kind: int, body: bytes, flags: int, *, what: str) -> bytes:
-        self._socket.send(_HEADER.pack(_HEADER.size + len(body), kind, flags, 0, 0) + body)
+        self._socket.send(HEADER.pack(HEADER.size + len(body), kind, flags, 0, 0) + body)
         answer = self._socket.recv(_ANSWER_BYTES)
-        _, told, _, _, _ = _HEADER.unpack_from(answer)
-        (error,) = struct.unpack_from("=i", answer, _HEADER.size)
+        _, told, _, _, _ = HEADER.unpack_from(answer)
+        (error,) = struct.unpack_from("=i", answer, HEADER.size)
         if told == _NLMSG_ERROR and error:
             raise OSError(-error, f"rtnetlink: {what}: {os.strerror(-error)}")
         return answer

@@ -10,13 +10,14 @@ from collections.abc import Iterator
 from contextlib import suppress
 from ipaddress import IPv4Address, IPv6Address
 
+from pytest_vmsandbox.linux.netlink import HEADER
+
 _NETLINK_SOCK_DIAG = 4
 _SOCK_DIAG_BY_FAMILY, _SOCK_DESTROY = 20, 21
 _NLM_F_REQUEST, _NLM_F_ACK, _NLM_F_DUMP = 0x1, 0x4, 0x300
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
 _ALL_STATES = 0xFFFFFFFF
 
-_HEADER = struct.Struct("=IHHII")  # struct nlmsghdr
 _REQUEST = struct.Struct("=BBBxI")  # struct inet_diag_req_v2, before its id
 _ANSWER = struct.Struct("=BBBB")  # struct inet_diag_msg, before its id
 _ID_BYTES = 48  # struct inet_diag_sockid: ports, source, destination, interface, cookie
@@ -49,7 +50,7 @@ def destroy_connections(to: IPv4Address | IPv6Address) -> int:
 
 def _send(line: socket.socket, kind: int, flags: int, family: int, identity: bytes) -> None:
     body = _REQUEST.pack(family, socket.IPPROTO_TCP, 0, _ALL_STATES) + identity
-    line.send(_HEADER.pack(_HEADER.size + len(body), kind, flags | _NLM_F_REQUEST, 0, 0) + body)
+    line.send(HEADER.pack(HEADER.size + len(body), kind, flags | _NLM_F_REQUEST, 0, 0) + body)
 
 
 def _dumped(line: socket.socket) -> Iterator[bytes]:
@@ -57,8 +58,8 @@ def _dumped(line: socket.socket) -> Iterator[bytes]:
         answer = line.recv(_ANSWER_BYTES)
         at = 0
         while at < len(answer):
-            length, kind, _, _, _ = _HEADER.unpack_from(answer, at)
-            body = answer[at + _HEADER.size : at + length]
+            length, kind, _, _, _ = HEADER.unpack_from(answer, at)
+            body = answer[at + HEADER.size : at + length]
             if kind == _NLMSG_DONE:
                 return
             if kind == _NLMSG_ERROR:
@@ -69,9 +70,9 @@ def _dumped(line: socket.socket) -> Iterator[bytes]:
 
 def _acknowledged(line: socket.socket) -> None:
     answer = line.recv(_ANSWER_BYTES)
-    (code,) = struct.unpack_from("=i", answer, _HEADER.size)
+    (code,) = struct.unpack_from("=i", answer, HEADER.size)
     if code:
-        raise _error(answer[_HEADER.size :])
+        raise _error(answer[HEADER.size :])
 
 
 def _error(body: bytes) -> OSError:

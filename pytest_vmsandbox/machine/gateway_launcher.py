@@ -24,6 +24,7 @@ from pytest_vmsandbox.errors import NetworkFailed, VmSandboxError
 from pytest_vmsandbox.host.facts import QemuBuild
 from pytest_vmsandbox.jail.vmm_view import ROOM, plan_vmm_view
 from pytest_vmsandbox.linux import ProcessIdentity
+from pytest_vmsandbox.machine.log_tail import read_log_tail
 from pytest_vmsandbox.network.gateway import knock, render_gateway
 from pytest_vmsandbox.network.way_out import RESOLV_CONF, WayOut, host_has_ipv6, plan_way_out
 from pytest_vmsandbox.vmm.bare import BareLauncher
@@ -143,7 +144,7 @@ async def _answering(
         except (OSError, VmSandboxError) as error:  # TimeoutError is one of the first
             cause = str(error) or f"it does not answer within {START_S:g} s"
             sentence = f"the gateway of the network nat can't be started: {cause}"
-            raise NetworkFailed(sentence, _last_words(log)) from error
+            raise NetworkFailed(sentence, read_log_tail(log).strip()) from error
         gateway = Gateway(process, ours, plan_way_out(_host_resolv_conf(), ipv6=ipv6))
         stack.callback(gateway.close)
         yield gateway
@@ -172,12 +173,5 @@ def _resolv_conf() -> tuple[Bind, ...]:
 def _host_resolv_conf() -> str:
     try:
         return RESOLV_CONF.read_text(errors="surrogateescape")
-    except OSError:
-        return ""
-
-
-def _last_words(log: Path) -> str:
-    try:
-        return log.read_text(errors="backslashreplace")[-2000:].strip()
     except OSError:
         return ""

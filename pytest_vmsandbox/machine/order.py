@@ -13,10 +13,10 @@ from typing import Any
 from pytest_vmsandbox.guest.channel import Channel
 from pytest_vmsandbox.guest.messages import Identity
 from pytest_vmsandbox.machine.frozen import Frozen
+from pytest_vmsandbox.machine.log_tail import read_log_tail
 from pytest_vmsandbox.vmm.launch import LaunchRequest, VmmView
 from pytest_vmsandbox.vmm.qemu import QemuConfig, render_command
 
-_LOG_TAIL_BYTES = 4000
 # What QEMU says of its control socket at each start, before it is connected: no evidence.
 _ROUTINE = ": info: QEMU waiting for connection on: "
 # What a restored guest's kernel gets to tell it from its twins (random(4) wants 32 at least).
@@ -98,10 +98,5 @@ class PowerOn:
 
     def read_log_tail(self) -> str:
         """The end of the VMM's log without its routine; empty where there is none."""
-        try:
-            with self.log.open("rb") as log:
-                log.seek(max(0, self.log.stat().st_size - _LOG_TAIL_BYTES))
-                tail = log.read().decode(errors="backslashreplace")
-        except OSError:
-            return ""
+        tail = read_log_tail(self.log)
         return "".join(line for line in tail.splitlines(keepends=True) if _ROUTINE not in line)

@@ -18,6 +18,7 @@ from pytest_vmsandbox.host.way import interpreter, render_start
 from pytest_vmsandbox.jail.vmm_view import ROOM, plan_vmm_view
 from pytest_vmsandbox.linux import OwnedFd, ProcessIdentity
 from pytest_vmsandbox.linux.tun import DEVICE
+from pytest_vmsandbox.machine.log_tail import read_log_tail
 from pytest_vmsandbox.network.client import ENTRY, MODULES, SwitchLine
 from pytest_vmsandbox.network.switch import BARE, WALLED
 from pytest_vmsandbox.network.wire_kind import WireKind
@@ -99,7 +100,7 @@ async def open_bare_switch(*, wish: str, log: Path, started: Started) -> AsyncIt
 
 @asynccontextmanager
 async def _ready(ours: socket.socket, wish: str, log: Path) -> AsyncIterator[SwitchLine]:
-    line = SwitchLine(ours, last_words=lambda: _last_words(log))
+    line = SwitchLine(ours, last_words=lambda: read_log_tail(log).strip())
     try:
         try:
             await line.ready(deadline=Deadline.after(seconds=START_S))
@@ -151,10 +152,3 @@ def _end(child: subprocess.Popen[bytes]) -> None:
         child.kill()
         child.wait()
         raise TimedOut("the end of the switch", END_S) from None
-
-
-def _last_words(log: Path) -> str:
-    try:
-        return log.read_text(errors="backslashreplace")[-2000:].strip()
-    except OSError:
-        return ""

@@ -17,6 +17,7 @@ from pytest_vmsandbox.deadline import Deadline
 from pytest_vmsandbox.errors import NetworkFailed
 from pytest_vmsandbox.linux.disconnect import disconnect
 from pytest_vmsandbox.linux.owned_fd import OwnedFd
+from pytest_vmsandbox.linux.packets import received_packets
 from pytest_vmsandbox.network.impairment import Impairment
 from pytest_vmsandbox.network.switch import DESCRIPTORS_AT_MOST, PACKET_BYTES
 from pytest_vmsandbox.network.topology import NAT
@@ -30,7 +31,9 @@ MODULES = tuple(
         "errors",
         "linux.interface_name",
         "linux.link_notices",
+        "linux.netlink",
         "linux.owned_fd",
+        "linux.packets",
         "linux.rtnetlink",
         "linux.sock_diag",
         "linux.tun",
@@ -233,15 +236,9 @@ class SwitchLine:
                 return
 
     def _readable(self) -> None:
-        while True:
-            try:
-                packet, descriptors, _, _ = socket.recv_fds(
-                    self._line, PACKET_BYTES, DESCRIPTORS_AT_MOST, socket.MSG_CMSG_CLOEXEC
-                )
-            except BlockingIOError:
-                return
-            except OSError:
-                packet, descriptors = b"", []
+        for packet, descriptors in received_packets(
+            self._line, bytes_at_most=PACKET_BYTES, descriptors_at_most=DESCRIPTORS_AT_MOST
+        ):
             if not packet:
                 self._lose()
                 return

@@ -20,6 +20,7 @@ from itertools import count
 from typing import Any, TypeAlias
 
 from pytest_vmsandbox.linux.owned_fd import OwnedFd
+from pytest_vmsandbox.linux.packets import received_packets
 from pytest_vmsandbox.linux.sock_diag import destroy_connections
 from pytest_vmsandbox.linux.tun import open_tap
 from pytest_vmsandbox.network.addresses import WAY_OUT
@@ -102,15 +103,9 @@ class _Switch:
     # Requests
 
     def _readable(self) -> None:
-        while not self._over.is_set():
-            try:
-                packet, descriptors, _, _ = socket.recv_fds(
-                    self._line, PACKET_BYTES, DESCRIPTORS_AT_MOST, socket.MSG_CMSG_CLOEXEC
-                )
-            except BlockingIOError:
-                return
-            except OSError:
-                packet, descriptors = b"", []
+        for packet, descriptors in received_packets(
+            self._line, bytes_at_most=PACKET_BYTES, descriptors_at_most=DESCRIPTORS_AT_MOST
+        ):
             if not packet:
                 self._over.set()
                 return
@@ -121,6 +116,8 @@ class _Switch:
                 task.add_done_callback(self._tasks.discard)
             else:
                 self._perform(form, descriptors)
+            if self._over.is_set():
+                return
 
     def _perform(self, form: dict[str, Any], descriptors: list[int]) -> None:
         try:

@@ -37,6 +37,7 @@ PRIVILEGED = tuple(
         "linux.new_mount",
         "linux.openat2",
         "linux.owned_fd",
+        "linux.packets",
         "linux.pidfd",
         "linux.prctl",
         "linux.privileges",
@@ -55,13 +56,14 @@ PRIVILEGED = tuple(
 # What `python -c` runs: it takes the bundle from the first packet on stdin, makes its modules
 # importable, none but them, and runs `main`. A Python of our own version gets compiled code.
 BOOTSTRAP = """\
-import marshal, mmap, socket, sys
+import marshal, mmap, os, socket, sys
 from importlib.machinery import ModuleSpec
 from _frozen_importlib_external import MAGIC_NUMBER
 
 line = socket.socket(fileno=0)
 _, (bundle,), _, _ = socket.recv_fds(line, 1, 1)
 magic, packages, modules = marshal.loads(mmap.mmap(bundle, 0, prot=mmap.PROT_READ))
+os.close(bundle)
 
 class Bundle:
     def find_spec(self, name, path=None, target=None):

@@ -21,6 +21,7 @@ from pytest_vmsandbox.host.facts import Tier
 from pytest_vmsandbox.host.peer_process import pid_of
 from pytest_vmsandbox.host.way import render_start
 from pytest_vmsandbox.linux import OwnedFd, ProcessIdentity
+from pytest_vmsandbox.linux.packets import received_packets
 from pytest_vmsandbox.linux.process_identity import read_boot_id
 from pytest_vmsandbox.warden.bundle import BOOTSTRAP, open_bundle
 from pytest_vmsandbox.warden.requests import DESCRIPTORS_AT_MOST, PACKET_BYTES, Launch, Who
@@ -249,15 +250,9 @@ class Warden:
                 return
 
     def _readable(self) -> None:
-        while True:
-            try:
-                packet, descriptors, _, _ = socket.recv_fds(
-                    self._line, PACKET_BYTES, 4, socket.MSG_CMSG_CLOEXEC
-                )
-            except BlockingIOError:
-                return
-            except OSError:
-                packet, descriptors = b"", []
+        for packet, descriptors in received_packets(
+            self._line, bytes_at_most=PACKET_BYTES, descriptors_at_most=4
+        ):
             if not packet:
                 asyncio.get_running_loop().remove_reader(self._line)
                 self._lose()

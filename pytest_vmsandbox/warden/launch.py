@@ -34,6 +34,7 @@ from pytest_vmsandbox.linux.mount_tree import (
 )
 from pytest_vmsandbox.linux.namespaces import unshare
 from pytest_vmsandbox.linux.owned_fd import OwnedFd
+from pytest_vmsandbox.linux.packets import receive_packet
 from pytest_vmsandbox.linux.pidfd import pidfd_open, pidfd_send_signal, pidfd_wait_exit
 from pytest_vmsandbox.linux.prctl import PrctlOption, prctl, prctl_set_no_new_privs
 from pytest_vmsandbox.linux.privileges import drop_all_capabilities
@@ -168,7 +169,7 @@ def _receive(line: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
 
     Raises LaunchFailed where an error is told.
     """
-    packet, descriptors, _, _ = socket.recv_fds(line, 8192, 1, socket.MSG_CMSG_CLOEXEC)
+    packet, descriptors, _ = receive_packet(line, bytes_at_most=8192, descriptors_at_most=1)
     if not packet:
         return None
     form: dict[str, Any] = json.loads(packet)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from pytest_vmsandbox.errors import RequestInvalid, VmSandboxError
 from pytest_vmsandbox.linux.owned_fd import OwnedFd
+from pytest_vmsandbox.linux.packets import receive_packet
 from pytest_vmsandbox.linux.pidfd import pidfd_send_signal
 from pytest_vmsandbox.warden.groups import Group, Hierarchy
 from pytest_vmsandbox.warden.launch import (
@@ -101,8 +102,8 @@ class Server:
     def _serve_one(self) -> bool:
         """Read a request and answer it; False once the line has ended."""
         try:
-            packet, descriptors, flags, _ = socket.recv_fds(
-                self._line, PACKET_BYTES, DESCRIPTORS_AT_MOST, socket.MSG_CMSG_CLOEXEC
+            packet, descriptors, flags = receive_packet(
+                self._line, bytes_at_most=PACKET_BYTES, descriptors_at_most=DESCRIPTORS_AT_MOST
             )
         except ConnectionResetError:  # it has ended, with answers that nobody read
             return False
