@@ -9,6 +9,7 @@ import pwd
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -24,8 +25,14 @@ CHECKOUT = Path(pytest_vmsandbox.__file__).parents[1]
 
 SUDOERS = Path("/etc/sudoers.d")
 
-# That the user `qemu-vm` was made by tests; each run that uses it holds a shared lock on the file.
-QEMU_VM_MADE_BY_TESTS = Path("/run/vmsandbox-tests.qemu-vm")
+# Each test run and worker that may use the user `qemu-vm` holds a shared lock on this file. What is
+# in it says whether tests made the user.
+QEMU_VM_USERS = Path("/run/vmsandbox-tests.qemu-vm")
+MADE_BY_TESTS = "made by tests\n"
+
+# userdel(8): the user is still that of a process, which may be about to end.
+USER_IS_BUSY = 8
+PATIENCE_S = 30
 
 
 def run(*argv: str | Path) -> str:
@@ -88,41 +95,56 @@ def plain_environment() -> Mapping[str, str]:
     }
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Be counted to the very end: what machines have kept ends after the last of the fixtures."""
+    if os.getuid() == 0 and SUDOERS.is_dir():
+        counted = ExitStack()
+        counted.enter_context(counted_for_qemu_vm())
+        config.add_cleanup(counted.close)
+
+
 @pytest.fixture(scope="session")
-def qemu_vm_user() -> Iterator[pwd.struct_passwd]:
-    """The user `qemu-vm`; made, and removed afterwards, only where there is none."""
+def qemu_vm_user() -> pwd.struct_passwd:
+    """The user `qemu-vm`; where there is none it is made, and goes with the last test run."""
     require_root_and_sudo()
-    with made_qemu_vm() as user:
-        yield user
+    return made_qemu_vm()
+
+
+def made_qemu_vm() -> pwd.struct_passwd:
+    """The same for who is no fixture; we are root, and counted."""
+    with user_database():
+        if not user_exists("qemu-vm"):
+            QEMU_VM_USERS.write_text(MADE_BY_TESTS)
+            run(
+                *("useradd", "--system", "--user-group", "--no-create-home"),
+                *("--shell", "/usr/sbin/nologin", "qemu-vm"),
+            )
+    return pwd.getpwnam("qemu-vm")
 
 
 @contextmanager
-def made_qemu_vm() -> Iterator[pwd.struct_passwd]:
-    """The same for who is no fixture; we are root."""
+def counted_for_qemu_vm() -> Iterator[None]:
+    """Keep the user from being removed; with the last who is counted it goes, if tests made it.
+
+    Whoever runs machines is to be counted: they may run as that user without having asked for it.
+    """
     with ExitStack() as undo:
         with user_database():
-            if QEMU_VM_MADE_BY_TESTS.exists() or not user_exists("qemu-vm"):
-                users = undo.enter_context(QEMU_VM_MADE_BY_TESTS.open("w"))
-                fcntl.flock(users, fcntl.LOCK_SH)
-                undo.callback(remove_qemu_vm_unless_used, users.fileno())
-            if not user_exists("qemu-vm"):
-                run(
-                    *("useradd", "--system", "--user-group", "--no-create-home"),
-                    *("--shell", "/usr/sbin/nologin", "qemu-vm"),
-                )
-        yield pwd.getpwnam("qemu-vm")
+            users = undo.enter_context(QEMU_VM_USERS.open("a"))
+            fcntl.flock(users, fcntl.LOCK_SH)
+            undo.callback(remove_qemu_vm_unless_used, users.fileno())
+        yield
 
 
 def remove_qemu_vm_unless_used(lock: int) -> None:
-    """Remove the user with the last test run that uses it, which need not be the first."""
     with user_database():
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return
-        if user_exists("qemu-vm"):
-            run("userdel", "qemu-vm")
-        QEMU_VM_MADE_BY_TESTS.unlink()
+        if QEMU_VM_USERS.read_text() == MADE_BY_TESTS and user_exists("qemu-vm"):
+            remove_user("qemu-vm")
+        QEMU_VM_USERS.unlink()
 
 
 @pytest.fixture(scope="session")
@@ -182,11 +204,24 @@ def made_user(name: str) -> Iterator[None]:
         yield
     finally:
         with user_database():
-            run("userdel", name)
+            remove_user(name)
             # While nobody can get the same uid: what they had for themselves goes with them.
             if run_directories.exists():
                 stays = remove_as(user, run_directories)
                 assert not stays, stays
+
+
+def remove_user(name: str) -> None:
+    """Remove a user whose processes have ended, or are ending."""
+    until = time.monotonic() + PATIENCE_S
+    while True:
+        tried = subprocess.run(
+            ["userdel", name], capture_output=True, text=True, timeout=60, check=False
+        )
+        if tried.returncode != USER_IS_BUSY or time.monotonic() > until:
+            break
+        time.sleep(0.1)
+    assert tried.returncode == 0, tried.stderr
 
 
 @contextmanager

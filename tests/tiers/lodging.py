@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pytest_vmsandbox.image.image import Image
-from tests.people import as_user, made_qemu_vm, made_sudoers, made_user
+from tests.people import as_user, counted_for_qemu_vm, made_qemu_vm, made_sudoers, made_user
 from tests.removal import remove_as
 
 # What a tier's user is given to start a warden with; {user} is the user's name.
@@ -77,7 +77,8 @@ class Lodging:
 def open_lodging(tier: str, *, image: Image, agents: Sequence[Path]) -> Iterator[Lodging]:
     """A lodging for a tier, with a copy of an image and of agents in its cache; we are root."""
     with ExitStack() as undo:
-        undo.enter_context(made_qemu_vm())
+        undo.enter_context(counted_for_qemu_vm())
+        made_qemu_vm()
         name = "root"
         if tier != "root":
             # Two runs at once, and tiers of one run, have users of their own.
