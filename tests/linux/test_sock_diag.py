@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import socket
+import time
 from collections.abc import Callable
 from ipaddress import ip_address, ip_interface
 
@@ -23,11 +25,20 @@ def test_connections_to_an_address_are_ended_and_no_others(in_room: InChild) -> 
             for address in ("10.0.0.1/32", "10.0.0.2/32", "fd00::1/128"):
                 route.add_address("lo", ip_interface(address))
 
+        def connected(to: tuple[str, int]) -> socket.socket:
+            until = time.monotonic() + 10
+            while True:  # the kernel routes to a new IPv6 address a moment later
+                try:
+                    return socket.create_connection(to)
+                except OSError as error:
+                    if error.errno != errno.ENETUNREACH or time.monotonic() > until:
+                        raise
+
         def connection(address: str) -> socket.socket:
             family = socket.AF_INET6 if ":" in address else socket.AF_INET
             listener = socket.create_server((address, 0), family=family)
             held.append(listener)
-            sock = socket.create_connection(listener.getsockname()[:2])
+            sock = connected(listener.getsockname()[:2])
             held.append(listener.accept()[0])
             return sock
 
