@@ -159,6 +159,28 @@ async def test_a_kill_is_not_lost_on_a_line_that_is_full(warden: Warden) -> None
             assert await process.wait() == -signal.SIGKILL
 
 
+async def test_what_a_warden_holds_is_for_none_of_its_children(warden: Warden) -> None:
+    inner = inner_of(warden)
+    with Streams() as streams:
+        async with warden.launch(order(SLEEP, "60"), streams.descriptors):
+            try:
+                held = sorted(Path(f"/proc/{inner}/fdinfo").iterdir())
+            except PermissionError:
+                pytest.skip("takes a user who may look into the warden")
+            # Its standard streams are 0 to 2; 02000000 is O_CLOEXEC (open(2), proc(5)).
+            others = {file.name: file.read_text() for file in held if int(file.name) > 2}
+            named = {name: str(Path(f"/proc/{inner}/fd/{name}").readlink()) for name in others}
+
+            assert others
+            inherited = [
+                named[name]
+                for name, about in others.items()
+                if not int(re.findall(r"flags:\s*(\d+)", about)[0], 8) & 0o2000000
+            ]
+            assert inherited == []
+            assert not [name for name in named.values() if "vmsandbox-warden" in name]
+
+
 # Many
 
 
