@@ -3,12 +3,17 @@
 VmSandboxError
 ├── HostUnfit          the host lacks something            a skip, with the remedy
 ├── RequestInvalid     the test asks for the impossible    an error at collection
+│   ├── NameTaken      a machine of that name is there
+│   └── AddressesExhausted
 ├── MachineFailed      VMM or guest failed                 with the evidence that was left
 │   ├── BootFailed     it never answered
 │   ├── GuestPanicked  its kernel gave up
 │   ├── VmmDied        the process that emulates it ended
 │   └── ChannelLost    its agent can no longer be believed or reached
 ├── NetworkFailed      the wires between machines failed   with what the switch said last
+│   ├── BridgeLost     somebody removed a network's bridge
+│   ├── TapLost        somebody removed a machine's tap
+│   └── SwitchDied     the process that carries them ended
 ├── CommandFailed      check=True and a non-zero exit
 ├── TimedOut           a deadline passed (is a TimeoutError)
 ├── OutcomeUnknown     asked, and no answer came           never repeated in silence
@@ -54,6 +59,14 @@ class RequestInvalid(VmSandboxError):
 
     def __str__(self) -> str:
         return f"{self.message}\n  hint: {self.hint}" if self.hint else self.message
+
+
+class NameTaken(RequestInvalid):
+    """A network has a machine of that name already; whoever asked is on no network then."""
+
+
+class AddressesExhausted(RequestInvalid):
+    """A network has no address left, or a worker no network; whoever asked is on none then."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +127,27 @@ class NetworkFailed(VmSandboxError):
     def __str__(self) -> str:
         words = visible(self.last_words)
         return f"the network: {self.cause}" + (f"\n--- it printed ---\n{words}" if words else "")
+
+
+class BridgeLost(NetworkFailed):
+    """Somebody removed a network's bridge, and not we: it carries nothing any more.
+
+    Its machines run on. Once all of them have been off, the network has another bridge.
+    """
+
+
+class TapLost(NetworkFailed):
+    """Somebody removed a machine's tap, and not we: the machine is cut off from that network.
+
+    It runs on, and the others hear each other. Once it has been off, it has another tap.
+    """
+
+
+class SwitchDied(NetworkFailed):
+    """The process that carries the networks has ended, and with it all connections from here.
+
+    Machines run on. A network whose machines are all off gets another switch.
+    """
 
 
 class CommandFailed(VmSandboxError):

@@ -13,18 +13,23 @@ import pytest
 
 import pytest_vmsandbox
 from pytest_vmsandbox import (
+    AddressesExhausted,
     AsyncMachine,
     BootFailed,
+    BridgeLost,
     ChannelLost,
     CommandFailed,
     GuestPanicked,
     HostUnfit,
     Machine,
     MachineFailed,
+    NameTaken,
     NetworkFailed,
     OutcomeUnknown,
     RequestInvalid,
     SocketAuthError,
+    SwitchDied,
+    TapLost,
     TeardownRefused,
     TimedOut,
     VmmDied,
@@ -69,8 +74,16 @@ RAISED: list[tuple[VmSandboxError, list[str]]] = [
         ["the end of 'sleep': not within 1.5 s", "last seen", "QEMU answers QMP: yes"],
     ),
     (
-        NetworkFailed("the switch has ended, which carried it", "MemoryError"),
-        ["the network: the switch has ended", "it printed", "MemoryError"],
+        NameTaken("network 'lan' has a machine 'db' already", "name= tells them apart"),
+        ["'lan' has a machine 'db'", "hint: name="],
+    ),
+    (AddressesExhausted("network 'lan' is full"), ["network 'lan' is full"]),
+    *(
+        (
+            kind("the switch has ended, which carried it", "MemoryError"),
+            ["the network: the switch has ended", "it printed", "MemoryError"],
+        )
+        for kind in (NetworkFailed, BridgeLost, TapLost, SwitchDied)
     ),
     (
         OutcomeUnknown("QMP cont", "the line broke"),

@@ -12,7 +12,13 @@ from itertools import count, product
 from pathlib import Path
 from typing import Any
 
-from pytest_vmsandbox.errors import NetworkFailed, RequestInvalid, TimedOut
+from pytest_vmsandbox.errors import (
+    AddressesExhausted,
+    NetworkFailed,
+    RequestInvalid,
+    SwitchDied,
+    TimedOut,
+)
 from pytest_vmsandbox.host.facts import Tier
 from pytest_vmsandbox.linux import OwnedFd
 from pytest_vmsandbox.machine.carried_network import CarriedNetwork
@@ -26,6 +32,8 @@ from pytest_vmsandbox.network.wire_kind import AUTO, WireKind
 
 # For a tier, and a wish of WISHES.
 StartSwitch = Callable[[Tier, str], AbstractAsyncContextManager[SwitchLine]]
+
+_DIED = SwitchDied("the switch has ended; a network whose machines are all off gets another")
 
 
 class Networks:
@@ -49,12 +57,15 @@ class Networks:
         self._starting = asyncio.Lock()
         self._captures = count(1)
         self._capturing: dict[int, SwitchLine] = {}
-        self._incidents: list[str] = []
+        self._failures: list[NetworkFailed] = []
 
     @property
     def lost(self) -> Sequence[str]:
         """What carried them and has died, or was taken away."""
-        return (*self._incidents, *self._gateway.lost)
+        has_died = self._line is not None and self._line.over
+        failures = (*self._failures, *((_DIED,) if has_died else ()))
+        told = [f"{type(failure).__name__}: {failure.cause}" for failure in failures]
+        return (*told, *self._gateway.lost)
 
     @property
     def kind(self) -> WireKind:
@@ -78,7 +89,8 @@ class Networks:
 
         `former` names them, and has the cards that its guest may still know by their old addresses:
         those of a template, or of a machine whose twin it is, and with which it is cut off.
-        RequestInvalid where its name is taken on one, or one is full; it is on none then.
+        NameTaken where its name is on one, AddressesExhausted where one is full, or there are too
+        many; it is on none then.
         """
         self._tier = self._tier or tier
         networks = former.networks
@@ -109,8 +121,7 @@ class Networks:
     async def close(self) -> None:
         """End the switch, and the gateway."""
         await self._gateway.close()
-        self._line = None
-        await self._running.aclose()
+        await self._end_switch()
 
     # For wires
 
@@ -194,15 +205,20 @@ class Networks:
         """The switch that runs, started where none does."""
         async with self._starting:
             if self._line is not None and self._line.over:
-                self._incidents.append("the switch of the networks died and was replaced")
-                self._line = None
-                await self._running.aclose()
+                await self._end_switch()
             if self._line is None:
                 started = self._start(self._tier or Tier.BARE, self._wish)
                 self._line = await self._running.enter_async_context(started)
-                self._line.told = self._incidents.append
+                self._line.told = self._failures.append
                 self._wish = self._line.kind
             return self._line
+
+    async def _end_switch(self) -> None:
+        """End it; one that has died is told of."""
+        if self._line is not None and self._line.over:
+            self._failures.append(_DIED)
+        self._line = None
+        await self._running.aclose()
 
     # What a test does to them
 
@@ -295,7 +311,7 @@ class Networks:
             numbers = (WAY_OUT,) if name == NAT else NETWORKS
             number = next((number for number in numbers if number not in taken), None)
             if number is None:
-                raise RequestInvalid(f"there are {len(NETWORKS)} networks already, and no more")
+                raise AddressesExhausted(f"there are {len(NETWORKS)} networks already, and no more")
             self._networks[name] = CarriedNetwork(lessor=Lessor(name=name, network=number))
         return self._networks[name]
 

@@ -108,8 +108,8 @@ async def _ready(ours: socket.socket, wish: str, log: Path) -> AsyncIterator[Swi
             raise HostUnfit(
                 "VMS-SWITCH-UNUSABLE",
                 "a switch for networks between machines",
-                str(error),
-                str(log),
+                str(error),  # which quotes what it printed: its log goes with the run
+                "mend what it says, or another --vm-tier",
             ) from error
         if wish == WireKind.TAP and line.kind is not WireKind.TAP:
             raise HostUnfit(

@@ -17,7 +17,7 @@ from ipaddress import (
     IPv6Network,
 )
 
-from pytest_vmsandbox.errors import RequestInvalid
+from pytest_vmsandbox.errors import AddressesExhausted, NameTaken
 
 # Private to us by RFC 1918 and RFC 4193; `76:6d73:62` is "vmsb".
 IPV4 = IPv4Network("10.76.0.0/16")
@@ -86,10 +86,10 @@ class Lessor:
     def lease(self, machine: str) -> Address:
         """The address for a machine of that name, until `release`.
 
-        Raises RequestInvalid where the name is taken, or every address is.
+        Raises NameTaken where the name is, AddressesExhausted where every address is.
         """
         if machine in self._held.values():
-            raise RequestInvalid(
+            raise NameTaken(
                 f"network {self.name!r} has a machine {machine!r} already",
                 "name= tells machines on one network apart",
             )
@@ -98,7 +98,7 @@ class Lessor:
             if number not in taken:
                 self._held[number] = machine
                 return address_of(self.network, number)
-        raise RequestInvalid(
+        raise AddressesExhausted(
             f"network {self.name!r} is full: {len(self._held)} machines are on it, "
             f"and no more can be"
         )

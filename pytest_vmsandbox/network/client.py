@@ -14,11 +14,12 @@ from typing import Any
 from weakref import WeakSet
 
 from pytest_vmsandbox.deadline import Deadline
-from pytest_vmsandbox.errors import NetworkFailed
+from pytest_vmsandbox.errors import BridgeLost, NetworkFailed, SwitchDied, TapLost
 from pytest_vmsandbox.linux.disconnect import disconnect
 from pytest_vmsandbox.linux.owned_fd import OwnedFd
 from pytest_vmsandbox.linux.packets import received_packets
 from pytest_vmsandbox.network.impairment import Impairment
+from pytest_vmsandbox.network.plane import Part
 from pytest_vmsandbox.network.switch import DESCRIPTORS_AT_MOST, PACKET_BYTES
 from pytest_vmsandbox.network.topology import NAT
 from pytest_vmsandbox.network.wire_kind import WireKind
@@ -59,16 +60,19 @@ MODULES = tuple(
 )
 ENTRY = "pytest_vmsandbox.network.switch"
 
+# What it is that somebody took away, and we raise for it.
+_BROKEN: Mapping[Part, type[NetworkFailed]] = {Part.BRIDGE: BridgeLost, Part.TAP: TapLost}
+
 # What an answer may take, in seconds, on the slowest of hosts.
 ANSWER_S = 30.0
 
 
 class SwitchLine:
-    """A line to a switch that runs; every wait for it ends with NetworkFailed once it has ended.
+    """A line to a switch that runs; every wait for it ends with SwitchDied once it has ended.
 
     Networks are known by number, machines on them by name. `last_words` says what it printed.
     `kind` is that of its wires, once it is ready, and `because` why they are no taps; `told` is
-    called with a sentence when anybody took away what they are made of.
+    called with the error when anybody took away what they are made of: BridgeLost or TapLost.
     """
 
     def __init__(self, line: socket.socket, *, last_words: Callable[[], str]) -> None:
@@ -82,7 +86,7 @@ class SwitchLine:
         self._ready: asyncio.Future[None] = self._loop.create_future()
         self.over = False
         self.kind, self.because = WireKind.SOCKET, ""
-        self.told: Callable[[str], None] = _nobody
+        self.told: Callable[[NetworkFailed], None] = _nobody
         self._loop.add_reader(line, self._readable)
 
     async def ready(self, *, deadline: Deadline) -> None:
@@ -218,7 +222,7 @@ class SwitchLine:
         finally:
             del self._waiting[number]
         if "broken" in told:
-            raise NetworkFailed(told["broken"])
+            raise _broken(told)
         if "refused" in told:
             raise OSError(told["errno"], told["refused"])
         return told, received
@@ -250,7 +254,7 @@ class SwitchLine:
             self._ready.set_result(None)
             return
         if "number" not in form:
-            self.told(form["broken"])
+            self.told(_broken(form))
             return
         waiting = self._waiting.get(form["number"])
         if waiting is not None and not waiting.done():
@@ -273,8 +277,8 @@ class SwitchLine:
                 future.set_exception(self._lost())
                 future.exception()  # it may be that nobody waits any more
 
-    def _lost(self) -> NetworkFailed:
-        return NetworkFailed("the switch has ended, which carried it", self._last_words())
+    def _lost(self) -> SwitchDied:
+        return SwitchDied("the switch has ended, which carried it", self._last_words())
 
 
 def _only(received: Sequence[int]) -> OwnedFd:
@@ -283,5 +287,9 @@ def _only(received: Sequence[int]) -> OwnedFd:
     return OwnedFd(received[0])
 
 
-def _nobody(_: str) -> None:
+def _broken(form: Mapping[str, Any]) -> NetworkFailed:
+    return _BROKEN[Part(form["broken"])](form["cause"])
+
+
+def _nobody(_: NetworkFailed) -> None:
     """Whom nobody asked to be told."""

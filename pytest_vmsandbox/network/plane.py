@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from enum import StrEnum
 from typing import Protocol
 
 from pytest_vmsandbox.linux.owned_fd import OwnedFd
@@ -13,8 +14,19 @@ from pytest_vmsandbox.network.pcap import PcapWriter
 HOST_PORT = "(host)"
 
 
+class Part(StrEnum):
+    """What carries frames, and can be removed by somebody else."""
+
+    BRIDGE = "bridge"
+    TAP = "tap"
+
+
 class Broken(Exception):
-    """What carried frames is gone, and not by us; the sentence says what it was."""
+    """What carried frames is gone, and not by us: which part, and a sentence about it."""
+
+    def __init__(self, part: Part, sentence: str) -> None:
+        super().__init__(part, sentence)
+        self.part, self.sentence = part, sentence
 
 
 class Plane(Protocol):

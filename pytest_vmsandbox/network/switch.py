@@ -133,8 +133,13 @@ class _Switch:
                 self._send({"number": form["number"], **answer}, handed)
 
     def _refuse(self, form: dict[str, Any], error: Exception) -> None:
+        try:  # it may have been removed under our hands
+            if form.get("network") in self._planes:
+                self._planes[form["network"]].require_whole()
+        except Broken as broken:
+            error = broken
         if isinstance(error, Broken):
-            self._send({"number": form["number"], "broken": str(error)}, ())
+            self._send({"number": form["number"], **_form_of(error)}, ())
             return
         code = error.errno if isinstance(error, OSError) else errno.EINVAL
         sentence = (error.strerror if isinstance(error, OSError) else "") or str(error)
@@ -175,8 +180,8 @@ class _Switch:
             told=self._tell,
         )
 
-    def _tell(self, sentence: str) -> None:
-        self._send({"broken": sentence}, ())
+    def _tell(self, broken: Broken) -> None:
+        self._send(_form_of(broken), ())
 
     def _plug(self, form: dict[str, Any], _: list[int]) -> _Answer:
         return {}, [self._plane(form).plug(form["port"], machine=form["machine"])]
@@ -258,6 +263,10 @@ class _Switch:
             self._refuse(form, OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)))
         except (OSError, ValueError, Broken) as error:
             self._refuse(form, error)
+
+
+def _form_of(broken: Broken) -> dict[str, Any]:
+    return {"broken": broken.part, "cause": broken.sentence}
 
 
 def _keep_alive(sock: socket.socket) -> None:

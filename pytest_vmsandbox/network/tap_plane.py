@@ -22,7 +22,7 @@ from pytest_vmsandbox.network.impairment import Impairment
 from pytest_vmsandbox.network.link_watch import LinkWatch
 from pytest_vmsandbox.network.own_address import leave_own, take_all, take_nothing, take_own
 from pytest_vmsandbox.network.pcap import PcapWriter
-from pytest_vmsandbox.network.plane import HOST_PORT, Broken
+from pytest_vmsandbox.network.plane import HOST_PORT, Broken, Part
 from pytest_vmsandbox.network.port import TapPort
 
 _MTU = 1500  # of the host's end; as a bridge's own, it would follow that of its ports
@@ -31,8 +31,8 @@ _MTU = 1500  # of the host's end; as a bridge's own, it would follow that of its
 class TapPlane:
     """A Plane of interfaces; `title` is the network as its user knows it.
 
-    `numbers` tell cables apart, of all networks of this namespace. `told` is called with a
-    sentence when an interface was removed by anybody else; what it carried is Broken from then on.
+    `numbers` tell cables apart, of all networks of this namespace. `told` is called when an
+    interface was removed by anybody else; what it carried is Broken from then on.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class TapPlane:
         title: str,
         numbers: Iterator[int],
         watch: LinkWatch,
-        told: Callable[[str], None],
+        told: Callable[[Broken], None],
     ) -> None:
         self._address = address_of(number, HOST_END)
         self._bridge, self._way = f"net{number}", f"way{number}"
@@ -52,7 +52,7 @@ class TapPlane:
         self._machines: dict[str, int | None] = {}  # their numbers
         self._watched: dict[str, list[int]] = {}  # the interfaces of each port
         self._ways: dict[str, TapPort] = {}  # to the hub
-        self._broken: dict[str, str] = {}  # by port
+        self._broken: dict[str, Broken] = {}  # by port
         self._by_hub = self._has_host_end = False
         self._sent = self._dropped = 0  # to those who are gone
         self._hub = hub
@@ -153,8 +153,8 @@ class TapPlane:
     def require_whole(self) -> None:
         """Part of Plane."""
         self._watch.look()
-        for sentence in self._broken.values():
-            raise Broken(sentence)
+        for broken in self._broken.values():
+            raise broken
 
     def close(self) -> None:
         """Part of Plane."""
@@ -254,8 +254,10 @@ class TapPlane:
         self._watch.forget(self._watched.pop(port, ()))
 
     def _lose(self, port: str, interface: str) -> None:
-        what = "the bridge" if port == HOST_PORT else f"the tap of {port}"
+        if port in self._broken:
+            return
+        part = Part.BRIDGE if port == HOST_PORT else Part.TAP
+        what = "the bridge" if part is Part.BRIDGE else f"the tap of {port}"
         sentence = f"{what} on network {self._title!r} was removed by somebody: {interface}"
-        if port not in self._broken:
-            self._broken[port] = sentence
-            self._told(sentence)
+        self._broken[port] = Broken(part, sentence)
+        self._told(self._broken[port])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pytest_vmsandbox import Machine, MachineFactory, Network
-from pytest_vmsandbox.errors import NetworkFailed
+from pytest_vmsandbox.errors import SwitchDied
 from pytest_vmsandbox.lease.entries import ProcessEntry, Role
 from pytest_vmsandbox.lease.layout import LEDGER
 from pytest_vmsandbox.lease.ledger import read_ledger
@@ -54,9 +54,9 @@ def test_another_switch_knows_what_is_wrong_with_a_network(worker: Worker) -> No
     machines = one, two, three = _started(worker, "lan", "lan", "lan")
     run(networks.partition([one.name], [two.name], network="lan"))
     _kill_the_switch(worker)
-    with pytest.raises(NetworkFailed):
+    with pytest.raises(SwitchDied):
         run(networks.partition([one.name], [three.name], network="lan"))
-    with pytest.raises(NetworkFailed):
+    with pytest.raises(SwitchDied):
         run(networks.impair(network="lan", loss=1.0))
 
     _power_cycle(worker, machines)
@@ -75,12 +75,12 @@ def test_a_network_that_fails_keeps_no_other_from_being_healed(worker: Worker) -
     run, networks = worker.engine.run, worker.networks
     (lost,) = _started(worker, "lost")
     _kill_the_switch(worker)
-    with pytest.raises(NetworkFailed):
+    with pytest.raises(SwitchDied):
         run(networks.counts(network="lost"))
     one, two = _started(worker, "lan", "lan")
     run(networks.partition([one.name], [two.name], network="lan"))
 
-    with pytest.raises(NetworkFailed, match="the switch has ended"):
+    with pytest.raises(SwitchDied, match="the switch has ended"):
         run(networks.heal())
     healed = _reaches(worker, one, two)
     run(networks.partition([one.name], [two.name], network="lan"))

@@ -22,9 +22,11 @@ from pytest_vmsandbox import (
     BootFailed,
     Machine,
     MachineFactory,
+    NameTaken,
     Network,
     NetworkFailed,
     RequestInvalid,
+    SwitchDied,
     TemplateBuilder,
 )
 from pytest_vmsandbox.lease.entries import ProcessEntry, Role
@@ -446,7 +448,7 @@ def _resident_mib() -> int:
 def test_a_name_is_on_a_network_once(vm_factory: MachineFactory) -> None:
     vm_factory(network="lan", name="db")
 
-    with pytest.raises(RequestInvalid, match="has a machine 'db' already"):
+    with pytest.raises(NameTaken, match="has a machine 'db' already"):
         vm_factory(network="lan", name="db")
     vm_factory(network="dmz", name="db")
 
@@ -455,7 +457,7 @@ def test_a_machine_whose_name_is_taken_leaves_nothing(worker: Worker) -> None:
     spec = MachineSpec(network=["lan", "dmz"], name="db")
     (first,) = worker.engine.run(worker.make([spec]))
 
-    with pytest.raises(RequestInvalid, match="has a machine 'db' already"):
+    with pytest.raises(NameTaken, match="has a machine 'db' already"):
         worker.engine.run(worker.make([spec]))
 
     directories = {path for path in worker.directory.path.rglob("m*") if path.is_dir()}
@@ -543,7 +545,7 @@ def test_when_the_switch_is_killed_it_is_said_and_those_that_come_have_another(
         lambda: worker.networks.partition([one.name], [machines[1].name], network=None),
         lambda: worker.networks.counts(network="lan"),
     ):
-        with pytest.raises(NetworkFailed, match="the switch has ended"):
+        with pytest.raises(SwitchDied, match="the switch has ended"):
             engine.run(verb())
     # The machines themselves are well.
     assert engine.run(one.run("hostname")).returncode == 0
@@ -554,7 +556,8 @@ def test_when_the_switch_is_killed_it_is_said_and_those_that_come_have_another(
     ping = ["ping", "-c", "1", "-W", "5", str(again[1].address().ip)]
     assert engine.run(again[0].run(ping)).returncode == 0
     engine.run(worker.end(again))
-    assert any("switch" in incident for incident in worker.incidents)
+    (incident,) = worker.incidents
+    assert incident.startswith("SwitchDied: the switch has ended")
 
 
 def _switch(worker: Worker) -> ProcessIdentity:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from platformdirs import user_cache_path
 
-from pytest_vmsandbox.errors import HostUnfit, NetworkFailed
+from pytest_vmsandbox.errors import BridgeLost, HostUnfit, SwitchDied, TapLost
 from pytest_vmsandbox.host.facts import Tier
 from pytest_vmsandbox.linux import OwnedFd
 from pytest_vmsandbox.machine.controller import MachineController
@@ -184,9 +184,9 @@ def test_a_bridge_that_is_removed_is_told_of_at_the_next_use_and_in_the_summary(
     wired.inside("ip", "link", "delete", "net0")
 
     told = r"the bridge on network 'lan' was removed by somebody: net0"
-    with pytest.raises(NetworkFailed, match=told):
+    with pytest.raises(BridgeLost, match=told):
         run(one.connect(80))
-    with pytest.raises(NetworkFailed, match=told):
+    with pytest.raises(BridgeLost, match=told):
         run(wired.worker.networks.heal())
     assert not wired.reaches(one, two)
     wired.end([one, two])
@@ -194,7 +194,7 @@ def test_a_bridge_that_is_removed_is_told_of_at_the_next_use_and_in_the_summary(
     assert wired.reaches(*again)
     wired.end(again)
     assert len(wired.worker.incidents) == 1
-    assert "the bridge on network 'lan'" in wired.worker.incidents[0]
+    assert "BridgeLost: the bridge on network 'lan'" in wired.worker.incidents[0]
 
 
 @taps
@@ -204,7 +204,7 @@ def test_a_tap_that_vanishes_is_told_of_and_a_power_cycle_brings_another(wired: 
     taps = [line.split(": ")[1] for line in wired.inside("ip", "-o", "link").splitlines()]
     wired.inside("ip", "link", "delete", next(name for name in taps if name.startswith("tap")))
 
-    with pytest.raises(NetworkFailed, match=r"the tap of vm[0-9]+ on network 'lan' was removed"):
+    with pytest.raises(TapLost, match=r"the tap of vm[0-9]+ on network 'lan' was removed"):
         run(wired.worker.networks.counts(network="lan"))
     for vm in (one, two):
         run(vm.power_cut())
@@ -223,7 +223,7 @@ def test_when_the_switch_dies_a_bridge_goes_on_and_whatever_needs_the_switch_say
     assert line is not None
     run(_hang_up(line))
 
-    with pytest.raises(NetworkFailed, match="the switch has ended"):
+    with pytest.raises(SwitchDied, match="the switch has ended"):
         run(wired.worker.networks.counts(network="lan"))
     assert wired.reaches(*machines) == (wired.kind is WireKind.TAP)
     wired.end(machines)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pytest_vmsandbox.errors import RequestInvalid
+from pytest_vmsandbox.errors import AddressesExhausted, NameTaken
 from pytest_vmsandbox.network.addresses import (
     HOST_END,
     MACHINES,
@@ -74,7 +74,7 @@ def test_a_name_is_taken_once() -> None:
     lessor = Lessor(name="lan", network=0)
     lessor.lease("db")
 
-    with pytest.raises(RequestInvalid, match="'lan' has a machine 'db' already"):
+    with pytest.raises(NameTaken, match="'lan' has a machine 'db' already"):
         lessor.lease("db")
     lessor.release("nobody")
     lessor.release("db")
@@ -88,7 +88,7 @@ def test_a_full_network_says_so_and_takes_on_again_once_somebody_left() -> None:
     for number in range(len(MACHINES)):
         lessor.lease(f"m{number}")
 
-    with pytest.raises(RequestInvalid, match="'lan' is full: 253 machines"):
+    with pytest.raises(AddressesExhausted, match="'lan' is full: 253 machines"):
         lessor.lease("one-more")
     lessor.release("m100")
 

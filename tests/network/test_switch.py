@@ -12,8 +12,9 @@ from typing import Self
 
 import pytest
 
-from pytest_vmsandbox.errors import NetworkFailed
+from pytest_vmsandbox.errors import HostUnfit, SwitchDied
 from pytest_vmsandbox.linux import OwnedFd
+from pytest_vmsandbox.machine import switch_launcher
 from pytest_vmsandbox.machine.switch_launcher import open_bare_switch
 from pytest_vmsandbox.network.client import SwitchLine
 from pytest_vmsandbox.network.frames import FrameReader, encode_frame
@@ -137,10 +138,24 @@ async def test_when_it_ends_every_wait_is_over_and_says_why(line: SwitchLine) ->
     line._line.shutdown(socket.SHUT_RDWR)
 
     for result in await asyncio.gather(*asking, return_exceptions=True):
-        assert isinstance(result, NetworkFailed | dict)
-    with pytest.raises(NetworkFailed, match="the switch has ended"):
+        assert isinstance(result, SwitchDied | dict)
+    with pytest.raises(SwitchDied, match="the switch has ended"):
         await line.counts(0)
     assert line.over
+
+
+async def test_one_that_does_not_come_up_is_told_of_with_what_it_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(switch_launcher, "ENTRY", "pytest_vmsandbox.network.nobody")
+    log = tmp_path / "switch.log"
+    opened = open_bare_switch(wish=AUTO, log=log, started=lambda _: None)
+
+    with pytest.raises(HostUnfit, match="VMS-SWITCH-UNUSABLE") as caught:
+        await opened.__aenter__()
+
+    assert "No module named 'pytest_vmsandbox.network.nobody'" in caught.value.evidence
+    assert str(log) not in str(caught.value)
 
 
 async def test_it_ends_with_its_line_and_closes_what_it_holds(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from pytest_vmsandbox.errors import HostUnfit, NetworkFailed
+from pytest_vmsandbox.errors import BridgeLost, HostUnfit, NetworkFailed, TapLost
 from pytest_vmsandbox.host.facts import Tier
 from pytest_vmsandbox.linux import OwnedFd
 from pytest_vmsandbox.machine.switch_launcher import open_walled_switch
@@ -389,7 +389,7 @@ async def test_the_switch_leaves_no_interface_of_a_machine_or_a_network_that_is_
 async def test_an_interface_that_anybody_removes_is_told_of_at_once_and_at_the_next_use(
     line: SwitchLine, cards: list[Card], interface: str, *, cut: bool, what: str
 ) -> None:
-    told: list[str] = []
+    told: list[NetworkFailed] = []
     line.told = told.append
     if cut:
         await line.cut(0, [frozenset("12")])
@@ -399,7 +399,8 @@ async def test_an_interface_that_anybody_removes_is_told_of_at_once_and_at_the_n
             await asyncio.sleep(0.01)
 
     expected = f"{what} on network 'lan' was removed by somebody: {interface}"
-    assert told == [expected]
+    lost = BridgeLost if what == "the bridge" else TapLost
+    assert [(type(error), error.cause) for error in told] == [(lost, expected)]
     for use in (
         line.counts(0),
         line.cut(0, ()),
@@ -407,7 +408,7 @@ async def test_an_interface_that_anybody_removes_is_told_of_at_once_and_at_the_n
         line.connect(0, "10.76.0.2", 80, timeout_s=5),
         line.plug(0, "4", title="lan"),
     ):
-        with pytest.raises(NetworkFailed, match=expected):
+        with pytest.raises(lost, match=expected):
             await use
     assert await line.counts(1)
     if interface == "tap1":  # the others go on, and whoever has lost it is given another
@@ -423,12 +424,12 @@ async def test_the_use_right_after_a_removal_is_told_of_it(
 ) -> None:
     inside(cards[0].tap, "ip", "link", "delete", "net0")
 
-    with pytest.raises(NetworkFailed, match="the bridge on network 'lan'"):
+    with pytest.raises(BridgeLost, match="the bridge on network 'lan'"):
         await line.counts(0)
 
 
 async def test_a_machine_that_hangs_up_is_no_failure(line: SwitchLine, cards: list[Card]) -> None:
-    told: list[str] = []
+    told: list[NetworkFailed] = []
     line.told = told.append
     cards[1].tap.close()
     await line.unplug(0, "2", [])

@@ -62,6 +62,39 @@ TWO_WORKERS = """
 """
 
 
+def test_what_broke_a_network_is_named_in_the_report_and_in_the_summary(run_pytest: Run) -> None:
+    source = """
+        import os, signal
+        from pytest_vmsandbox.lease.entries import Role
+        from pytest_vmsandbox.lease.layout import LEDGER
+        from pytest_vmsandbox.lease.ledger import read_ledger
+        from pytest_vmsandbox.plugin.session import worker_of
+
+        def test_switch(vm_factory, vm_network, request):
+            vm_factory(network="lan")
+            ledger = read_ledger(worker_of(request.config).directory.path / LEDGER)
+            for entry in ledger.entries.values():
+                if getattr(entry, "role", None) is Role.SWITCH:
+                    os.kill(entry.identity.pid, signal.SIGKILL)
+            while vm_network.counts():
+                pass
+
+        def test_name(vm_factory):
+            vm_factory(network="lan", name="db")
+            vm_factory(network="lan", name="db")
+    """
+    result = run_pytest(source)
+
+    result.assert_outcomes(failed=2)
+    result.stdout.fnmatch_lines(
+        [
+            "E * pytest_vmsandbox.errors.SwitchDied: the network: the switch has ended*",
+            "E * pytest_vmsandbox.errors.NameTaken: network 'lan' has a machine 'db' already",
+            "SwitchDied: the switch has ended; *",
+        ]
+    )
+
+
 @pytest.fixture
 def host(request: pytest.FixtureRequest) -> NetworkNamespace:
     """What the runs take for the host's network: one where nobody else is, if we may have it."""
