@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from typing import IO
 
 from pytest_vmsandbox.deadline import Deadline
 from pytest_vmsandbox.host.facts import Accel, Capability, Fact, Verdict, fact_of
+from pytest_vmsandbox.host.parent_death import dying_with_us
 from pytest_vmsandbox.host.platform import Platform
 from pytest_vmsandbox.host.program import Outcome, run_program
 from pytest_vmsandbox.host.small_guest import (
@@ -22,6 +24,7 @@ from pytest_vmsandbox.host.small_guest import (
     small_guest_firmware,
 )
 from pytest_vmsandbox.host.trial import Trial
+from pytest_vmsandbox.host.unnamed_file import STDIN, open_unnamed_file, path_in_child
 
 # A chunk of the small guest under QEMU 7.2's TCG on the machine on which the deadlines were
 # chosen: two vCPUs of an AMD EPYC (family 26, 2.6 GHz) in a cloud, Linux 6.18, Debian 12.
@@ -79,13 +82,11 @@ def choose_accel(kvm: Fact, platform: Platform) -> AccelChoice:
 
 async def run_small_guest(trial: Trial, *, qemu: Path, accelerator: str) -> SmallGuestRun:
     """Run the small guest under the accelerator, within the trial's deadline for guests."""
-    with trial.scratch() as scratch:
-        firmware = scratch / "firmware"
-        firmware.write_bytes(small_guest_firmware())
-        outcome = await trial.run(
-            [qemu, *small_guest_arguments(firmware, accelerator=accelerator)],
-            deadline=Deadline.after(seconds=trial.guest_deadline_s),
-        )
+    outcome = await trial.run(
+        [*dying_with_us(), qemu, *small_guest_arguments(STDIN, accelerator=accelerator)],
+        stdin=small_guest_firmware(),
+        deadline=Deadline.after(seconds=trial.guest_deadline_s),
+    )
     return SmallGuestRun(outcome=outcome, counted=parse_counted(outcome.stdout))
 
 
@@ -124,16 +125,21 @@ async def confirm_kvm(
 
 async def watch_kernel(qemu_argv: Sequence[str], *, deadline_s: float) -> Fact:
     """Run QEMU until its guest's kernel starts init on the console, or fails to, and end it."""
-    with TemporaryDirectory(prefix="vmsandbox-kvm-") as scratch:
-        console, complaints = Path(scratch, "console"), Path(scratch, "stderr")
+    with open_unnamed_file() as console, open_unnamed_file() as complaints:
         argv = [
             # The shell becomes QEMU. The complaints go to a file because QEMU lives on after
             # them, and waiting for its end would cost the whole deadline.
-            "/bin/sh", "-c", 'exec "$@" 2>"$0"', str(complaints),
-            *qemu_argv, "-serial", f"file:{console}",
+            "/bin/sh", "-c", 'exec "$@" 2>"$0"', str(path_in_child(complaints)),
+            *dying_with_us(), *qemu_argv, "-serial", f"file:{path_in_child(console)}",
         ]  # fmt: skip
         # Its deadline is the second line: at ours we have looked, and end it ourselves.
-        boot = asyncio.create_task(run_program(argv, deadline_s=deadline_s + _LOOK_EVERY_S * 10))
+        boot = asyncio.create_task(
+            run_program(
+                argv,
+                deadline_s=deadline_s + _LOOK_EVERY_S * 10,
+                pass_fds=(console.fileno(), complaints.fileno()),
+            )
+        )
         try:
             return await _wait_verdict(boot, console, complaints, deadline_s=deadline_s)
         finally:
@@ -143,7 +149,7 @@ async def watch_kernel(qemu_argv: Sequence[str], *, deadline_s: float) -> Fact:
 
 
 async def _wait_verdict(
-    boot: asyncio.Task[Outcome], console: Path, complaints: Path, *, deadline_s: float
+    boot: asyncio.Task[Outcome], console: IO[bytes], complaints: IO[bytes], *, deadline_s: float
 ) -> Fact:
     deadline = Deadline.after(seconds=deadline_s)
     while True:
@@ -180,11 +186,8 @@ def _kernel_failed(what: str, console: bytes) -> Fact:
     )
 
 
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        return b""
+def _read(file: IO[bytes]) -> bytes:
+    return os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0)
 
 
 def _lines(text: bytes) -> list[str]:

@@ -84,6 +84,7 @@ async def run_program(
     stdin: int | IO[bytes] = subprocess.DEVNULL,
     start_new_session: bool = True,
     capture: bool = True,
+    pass_fds: Sequence[int] = (),
 ) -> Outcome:
     """Run `argv` and return how it ended, within `deadline_s` and a moment to clean up.
 
@@ -93,14 +94,19 @@ async def run_program(
     program itself is killed). The exceptions are `Outcome.left_running`, and a program whose exit
     status somebody else took (who ignores SIGCHLD, or waits for every child): its group may be a
     stranger's by then and is left alone. How such a program ended is not known, never success.
-    Without `capture` both its streams are /dev/null.
+    Without `capture` both its streams are /dev/null. `pass_fds` are open in it as they are here.
     Blocks the event loop for the fork and exec only.
     """
     words = tuple(os.fspath(word) for word in argv)
     deadline = Deadline.after(seconds=deadline_s)
     try:
         child = _start(
-            words, env=env, stdin=stdin, start_new_session=start_new_session, capture=capture
+            words,
+            env=env,
+            stdin=stdin,
+            start_new_session=start_new_session,
+            capture=capture,
+            pass_fds=pass_fds,
         )
     except (OSError, ValueError) as error:  # ValueError: a NUL in a word
         return Outcome(argv=words, error=str(error))
@@ -115,6 +121,7 @@ def _start(
     stdin: int | IO[bytes],
     start_new_session: bool,
     capture: bool,
+    pass_fds: Sequence[int],
 ) -> subprocess.Popen[bytes]:
     # Not asyncio's subprocess: its watcher reaps the child when it likes, and a reaped pid may be
     # somebody else's by the time that we kill its group.
@@ -126,6 +133,7 @@ def _start(
         stdout=output,
         stderr=output,
         start_new_session=start_new_session,
+        pass_fds=pass_fds,
     )
 
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory, TemporaryFile
 from typing import IO
 
 from pytest_vmsandbox.deadline import Deadline
 from pytest_vmsandbox.host.facts import Capability, Fact, Verdict, fact_of
 from pytest_vmsandbox.host.platform import Platform, current_platform
 from pytest_vmsandbox.host.program import Outcome, run_program
+from pytest_vmsandbox.host.unnamed_file import open_unnamed_file
 
 # Administrators' programs are not on the PATH of an ordinary user, who may run them nevertheless.
 _ADMINISTRATORS_PATH = ("/usr/local/sbin", "/usr/sbin", "/sbin")
@@ -48,7 +48,7 @@ class Trial:
         self,
         argv: Sequence[str | os.PathLike[str]],
         *,
-        stdin: bytes = b"",
+        stdin: bytes | IO[bytes] = b"",
         deadline: Deadline | None = None,
     ) -> Outcome:
         """Run it in a session of its own, with an environment in which nothing can prompt.
@@ -60,12 +60,6 @@ class Trial:
             return await run_program(
                 argv, deadline_s=seconds, env=_plain_environment(self.search_path), stdin=file
             )
-
-    @contextmanager
-    def scratch(self, *, within: Path | None = None) -> Iterator[Path]:
-        """A private directory, removed afterwards; OSError where none can be made."""
-        with TemporaryDirectory(prefix="vmsandbox-probe-", dir=within) as path:
-            yield Path(path)
 
 
 def start_trial(*, run_dir: Path) -> Trial:
@@ -97,12 +91,8 @@ def unsupported(capability: Capability, platform: Platform) -> Fact:
     )
 
 
-@contextmanager
-def _as_file(content: bytes) -> Iterator[IO[bytes]]:
-    with TemporaryFile() as file:
-        file.write(content)
-        file.seek(0)
-        yield file
+def _as_file(content: bytes | IO[bytes]) -> AbstractContextManager[IO[bytes]]:
+    return open_unnamed_file(content) if isinstance(content, bytes) else nullcontext(content)
 
 
 def _plain_environment(search_path: str) -> dict[str, str]:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pytest_vmsandbox.deadline import Deadline
 from pytest_vmsandbox.errors import HostUnfit
+from pytest_vmsandbox.host.parent_death import dying_with_us
 from pytest_vmsandbox.host.socket_auth import connect_machine_socket
 from pytest_vmsandbox.linux import ProcessIdentity
 from pytest_vmsandbox.vmm.launch import Handed, LaunchRequest, VmmView
@@ -94,7 +95,7 @@ class BareLauncher:
                 f"{program} is not an executable file",
                 "vmsandbox setup",
             )
-        child = _spawn([*_dying_with_us(), *request.argv], request)
+        child = _spawn([*dying_with_us(), *request.argv], request)
         try:
             process = BareProcess(child, request.directory)
         except BaseException:
@@ -129,16 +130,6 @@ def _spawn(argv: Sequence[str], request: LaunchRequest) -> subprocess.Popen[byte
             start_new_session=True,
             pass_fds=inherited,
         )
-
-
-def _dying_with_us() -> Sequence[str]:
-    """What to put before a command so that the kernel ends it when the engine thread ends.
-
-    PR_SET_PDEATHSIG must be set in the child, between fork and exec, where Python may not run
-    in a process with threads; setpriv(1) sets it and turns into the command (same pid).
-    """
-    setpriv = shutil.which("setpriv")
-    return [setpriv, "--pdeathsig", "KILL", "--"] if setpriv else []
 
 
 def _open_pidfd(pid: int) -> int | None:

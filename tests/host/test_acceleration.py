@@ -6,12 +6,14 @@ import asyncio
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from pytest_vmsandbox.deadline import Deadline
 from pytest_vmsandbox.host import acceleration
 from pytest_vmsandbox.host.acceleration import (
     SmallGuestRun,
@@ -33,6 +35,7 @@ from pytest_vmsandbox.host.small_guest import (
     small_guest_firmware,
 )
 from pytest_vmsandbox.host.trial import Trial, start_trial
+from pytest_vmsandbox.linux import ProcessIdentity
 
 QEMU = Path(shutil.which("qemu-system-x86_64") or "/no/qemu")
 
@@ -222,8 +225,9 @@ async def test_a_caller_cancelled_while_qemu_is_ended_is_cancelled(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async def boots_and_is_cancelled_with_its_caller(
-        argv: Sequence[str], *, deadline_s: float
+        argv: Sequence[str], *, deadline_s: float, pass_fds: Sequence[int]
     ) -> Outcome:
+        assert len(pass_fds) == 2
         Path(argv[-1].removeprefix("file:")).write_text("Run /init as init process")
         try:
             await asyncio.sleep(deadline_s)
@@ -236,6 +240,60 @@ async def test_a_caller_cancelled_while_qemu_is_ended_is_cancelled(
 
     with pytest.raises(asyncio.CancelledError):
         await caller
+
+
+IN_THE_MIDDLE = """
+import asyncio, sys
+from pathlib import Path
+from pytest_vmsandbox.host.acceleration import run_small_guest, watch_kernel
+from pytest_vmsandbox.host.trial import Trial
+what, qemu = sys.argv[1:]
+trial = Trial(run_dir=Path.cwd(), search_path="/usr/bin", guest_deadline_s=60)
+if what == "small guest":
+    asyncio.run(run_small_guest(trial, qemu=Path(qemu), accelerator="tcg"))
+else:
+    asyncio.run(watch_kernel([qemu, "-M", "q35", "-nodefaults", "-display", "none"], deadline_s=60))
+"""
+
+
+@pytest.mark.parametrize("what", ["small guest", "kernel"])
+@pytest.mark.skipif(not shutil.which("setpriv"), reason="takes setpriv")
+async def test_a_kill_9_in_the_middle_leaves_neither_qemu_nor_a_file(
+    what: str, tmp_path: Path
+) -> None:
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    stands_still = tmp_path / "qemu"  # a real one, whose guest does not start
+    stands_still.write_text(f'#!/bin/sh\nexec {QEMU} -S "$@"\n')
+    stands_still.chmod(0o755)
+    prober = subprocess.Popen(
+        [sys.executable, "-c", IN_THE_MIDDLE, what, str(stands_still)],
+        cwd=tmp_path,
+        env={**os.environ, "TMPDIR": str(temporary)},
+    )
+    deadline = Deadline.after(seconds=20)
+    try:
+        while not (running := _qemu_below(prober.pid)):
+            assert prober.poll() is None
+            assert not deadline.passed
+            time.sleep(0.01)
+    finally:
+        prober.kill()
+        prober.wait()
+
+    while running.is_alive():
+        assert not deadline.passed
+        time.sleep(0.01)
+    assert list(temporary.iterdir()) == []
+
+
+def _qemu_below(pid: int) -> ProcessIdentity | None:
+    """The QEMU that a process has started, once it is one."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    for child in map(int, children):
+        if Path(f"/proc/{child}/comm").read_text().startswith("qemu-system"):
+            return ProcessIdentity.of(child)
+    return None
 
 
 @takes_kvm

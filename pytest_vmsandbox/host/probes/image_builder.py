@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pytest_vmsandbox.host.facts import Capability, Fact, Verdict, fact_of
+from pytest_vmsandbox.host.scratch import open_scratch
 from pytest_vmsandbox.host.trial import Trial, failed, unsupported
 
 _REMEDY = "vmsandbox setup on Debian or Ubuntu; elsewhere --vm-image=DIR with an image made there"
@@ -23,7 +24,7 @@ async def probe_image_builder(trial: Trial) -> Fact:
                 Capability.IMAGE_BUILDER, Verdict.MISSING, evidence=evidence, remedy=_REMEDY
             )
     deadline = trial.begin()
-    with trial.scratch() as scratch:
+    with open_scratch() as scratch:
         for argv in _miniature(scratch):
             outcome = await trial.run(argv, deadline=deadline)
             if not outcome.ok:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pytest_vmsandbox.host.facts import Capability, Fact, Verdict, fact_of
 from pytest_vmsandbox.host.trial import Trial, failed, unsupported
+from pytest_vmsandbox.host.unnamed_file import STDIN, open_unnamed_file
 
 _REMEDY = "vmsandbox setup (apt-get install acl); or --vm-run-dir on ext4, xfs, btrfs or tmpfs"
 
@@ -27,14 +28,14 @@ async def _set_and_read_back(trial: Trial) -> Fact:
     # Our own uid: in a user namespace no other can be named.
     entry = f"user:{trial.uid}:rw-"
     deadline = trial.begin()
-    with trial.scratch(within=trial.run_dir) as scratch:
-        file = scratch / "acl"
-        file.touch(mode=0o600)
-        set_it = await trial.run(["setfacl", "-m", entry, "--", file], deadline=deadline)
+    with open_unnamed_file(within=trial.run_dir) as file:
+        set_it = await trial.run(
+            ["setfacl", "-m", entry, "--", STDIN], stdin=file, deadline=deadline
+        )
         if not set_it.ok:
             return failed(Capability.SETFACL, set_it, remedy=_REMEDY)
         got_it = await trial.run(
-            ["getfacl", "--numeric", "--absolute-names", "--", file], deadline=deadline
+            ["getfacl", "--numeric", "--absolute-names", "--", STDIN], stdin=file, deadline=deadline
         )
     if not got_it.ok:
         return failed(Capability.SETFACL, got_it, remedy=_REMEDY)
