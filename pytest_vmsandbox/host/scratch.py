@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from pytest_vmsandbox.linux.mountinfo import mounts_at_or_below, read_mountinfo
 from pytest_vmsandbox.linux.owned_fd import OwnedFd
 
 _PREFIX = "vmsandbox-scratch-"
@@ -44,8 +45,10 @@ def _made() -> tuple[Path, OwnedFd]:
 def _remove_abandoned() -> None:
     for path in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
         held = _locked(path)
-        if held is not None:
-            with held:
+        if held is None:
+            continue
+        with held:
+            if not mounts_at_or_below(read_mountinfo(), path):
                 shutil.rmtree(path, ignore_errors=True)  # what was begun there may go on a moment
 
 
