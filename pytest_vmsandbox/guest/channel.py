@@ -19,6 +19,7 @@ from pathlib import Path
 from pytest_vmsandbox.deadline import Deadline
 from pytest_vmsandbox.errors import ChannelLost
 from pytest_vmsandbox.guest import files
+from pytest_vmsandbox.guest.connection import GuestConnection
 from pytest_vmsandbox.guest.frames import (
     FRAME_MAX,
     Frame,
@@ -38,6 +39,7 @@ from pytest_vmsandbox.guest.messages import (
     Power,
     TransferKind,
     encode_addresses,
+    encode_connect,
     encode_exec,
     encode_hello,
     encode_request,
@@ -247,12 +249,17 @@ class Channel:
         has_stderr = request.pty is None and not request.merge_stderr
         has_stdin = request.stdin or request.pty is not None
         job = self._start(FrameType.EXEC, payload, stdin=has_stdin, stderr=has_stderr)
-        try:
-            pid = await job.wait_started()
-        except asyncio.CancelledError:
-            self.abandon(job)
-            raise
-        return GuestProcess(job, self, pid=pid)
+        return GuestProcess(job, self, pid=await self._started(job))
+
+    async def dial(self, address: IPv4Address | IPv6Address, port: int) -> GuestConnection:
+        """Connect to a TCP port from inside the guest; OSError of the guest, as of connect(2).
+
+        When cancelled, it is given up.
+        """
+        payload = encode_connect(address, port, window=READ_WINDOW)
+        job = self._start(FrameType.CONNECT, payload, stdin=True, stderr=False)
+        await self._started(job)
+        return GuestConnection(job, self)
 
     async def read_file(self, path: str, *, offset: int = 0, limit: int | None = None) -> bytes:
         """The file's bytes from `offset`, at most `limit`; OSError as open() would raise it."""
@@ -338,6 +345,13 @@ class Channel:
         self._line.send(frames)
         self._arrange_heartbeat()
         return job
+
+    async def _started(self, job: Job) -> int:
+        try:
+            return await job.wait_started()
+        except asyncio.CancelledError:
+            self.abandon(job)
+            raise
 
     async def _request(self, type_: FrameType, payload: bytes = b"") -> None:
         self._require_usable()

@@ -39,6 +39,7 @@ class FrameType(IntEnum):
     KILL = 11
     RESIZE = 12
     POWER = 13
+    CONNECT = 14
     WELCOME = 64
     DONE = 65
     FAILED = 66

@@ -13,7 +13,7 @@ from ipaddress import IPv4Address, IPv4Interface, IPv6Address, IPv6Interface
 from pytest_vmsandbox.guest.frames import PAYLOAD_MAX, FrameType, ProtocolViolated, encode_frame
 from pytest_vmsandbox.guest.payload import PayloadReader, encode_text
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 TOKEN_SIZE = 16
 REQUEST_MAX = 2 * 1024 * 1024
 KEEP_MODE = 0xFFFFFFFF
@@ -233,6 +233,12 @@ def encode_addresses(
         parts.append(bytes((len(packed),)) + packed + bytes((address.network.prefixlen,)))
     parts += [bytes((len(gateway.packed),)) + gateway.packed for gateway in gateways]
     return b"".join(parts)
+
+
+def encode_connect(address: IPv4Address | IPv6Address, port: int, *, window: int) -> bytes:
+    """The payload of a CONNECT."""
+    packed = address.packed
+    return struct.pack("<IB", window, len(packed)) + packed + struct.pack("<H", port)
 
 
 def parse_failure(payload: memoryview) -> OSError:

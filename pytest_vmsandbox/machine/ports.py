@@ -4,33 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import socket
 from collections.abc import Coroutine
-from contextlib import suppress
+from ipaddress import IPv4Address
 from typing import Any
 
 from pytest_vmsandbox.errors import RequestInvalid, VmSandboxError
 from pytest_vmsandbox.guest.channel import Channel
-from pytest_vmsandbox.guest.messages import ExecRequest
-from pytest_vmsandbox.guest.process import GuestProcess
-from pytest_vmsandbox.guest.streams import ReadStream, WriteStream
+from pytest_vmsandbox.guest.connection import GuestConnection
 from pytest_vmsandbox.machine.build import Build
-from pytest_vmsandbox.machine.command import CHUNK, KILL_S, run_command
 from pytest_vmsandbox.machine.core import MachineCore
-from pytest_vmsandbox.machine.listening import PORTS, listener_check
+from pytest_vmsandbox.machine.listening import PORTS
 from pytest_vmsandbox.machine.splice import (
     LOOPBACK,
     SocketEnd,
     reset,
     splice,
     tcp_pair,
-    together,
 )
 
 # What making a connection may take unless its caller says otherwise, in seconds, before scaling.
 CONNECT_S = 30.0
 
 _BACKLOG = 512
+_INSIDE = IPv4Address(LOOPBACK)
 
 # How long a forward rests when the next client can't be taken, in seconds.
 _REST_S = 0.05
@@ -129,33 +127,26 @@ class Ports(MachineCore):
             except OSError as error:
                 if error.errno != errno.EOPNOTSUPP:
                     raise
-        address = str(self.address(network).ip) if wires.addresses else LOOPBACK
-        return await self._relay(running.channel, address, port)
+        address = self.address(network).ip if wires.addresses else _INSIDE
+        return await self._relay(running.channel, address, port, timeout_s=timeout_s)
 
-    async def _relay(self, channel: Channel, address: str, port: int) -> socket.socket:
-        """A socket whose other end a process in the guest connects with that port."""
-        options = await self._require_listener(channel, address, port)
+    async def _relay(
+        self, channel: Channel, address: IPv4Address, port: int, *, timeout_s: float
+    ) -> socket.socket:
+        """A socket whose other end the agent connects with that port."""
         ours, theirs = tcp_pair()
         try:
-            request = ExecRequest(argv=["nc", *options, address, str(port)], stdin=True)
-            process = await channel.spawn(request)
-        except BaseException:
+            async with asyncio.timeout(timeout_s):
+                inside = await channel.dial(address, port)
+        except BaseException as error:
             ours.close()
             theirs.close()
+            if isinstance(error, OSError) and error.errno is not None:
+                reached = f"port {port} of {address}, from inside {self.name}"
+                raise OSError(error.errno, os.strerror(error.errno), reached) from None
             raise
-        self._carry(_carry_through(process, ours))
+        self._carry(_carry_through(inside, ours))
         return theirs
-
-    async def _require_listener(self, channel: Channel, address: str, port: int) -> list[str]:
-        """The options that nc needs; ConnectionRefusedError where nobody would be reached."""
-        request = ExecRequest(argv=listener_check(address, port))
-        deadline = self._deadline(None, CONNECT_S)
-        found = await run_command(channel, request, stdin=None, deadline=deadline)
-        if found.returncode:
-            raise ConnectionRefusedError(
-                errno.ECONNREFUSED, f"nothing in {self.name} listens on port {port} of {address}"
-            )
-        return found.stdout.decode().split()
 
     def _carry(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -163,50 +154,17 @@ class Ports(MachineCore):
         task.add_done_callback(self._carrying.discard)
 
 
-class _ProcessEnd:
-    """A process in the guest as an end of a connection: its stdin and its stdout.
-
-    Where it fails, as `nc` does that is refused, the connection is broken.
-    """
-
-    def __init__(self, process: GuestProcess, stdin: WriteStream) -> None:
-        self._process, self._stdin = process, stdin
-
-    async def read(self, limit: int) -> bytes:
-        piece = await self._process.stdout.read(limit)
-        if not piece and (status := await self._process.wait()):
-            raise ConnectionResetError(errno.ECONNRESET, f"nc has ended with {status}")
-        return piece
-
-    async def write(self, data: bytes) -> None:
-        await self._stdin.write(data)
-
-    async def end(self) -> None:
-        with suppress(BrokenPipeError):
-            await self._stdin.close()
-
-
-async def _carry_through(process: GuestProcess, sock: socket.socket) -> None:
-    """Splice them; the other end of the pair ends as the process does, and breaks as it fails."""
-    assert process.stdin is not None  # it was asked for
-    assert process.stderr is not None  # and is not merged
+async def _carry_through(inside: GuestConnection, sock: socket.socket) -> None:
+    """Splice them; the other end of the pair ends as that inside does, and breaks as it breaks."""
     try:
-        end = _ProcessEnd(process, process.stdin)
-        await together(splice(SocketEnd(sock), end), _drain(process.stderr))
+        await splice(SocketEnd(sock), inside)
     except BaseException as error:
         reset(sock)
         if not isinstance(error, VmSandboxError | OSError):
             raise
     finally:
         sock.close()
-        with suppress(VmSandboxError, TimeoutError):
-            async with asyncio.timeout(KILL_S):
-                await process.kill()
-
-
-async def _drain(stream: ReadStream) -> None:
-    while await stream.read(CHUNK):
-        pass
+        inside.close()
 
 
 def _require_port(port: object) -> None:

@@ -13,6 +13,7 @@ import tracemalloc
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from ipaddress import IPv4Address
 from pathlib import Path
 from typing import cast
 
@@ -88,6 +89,15 @@ async def record(agent: socket.socket, folder: Path) -> Recording:
     await channel.ping(deadline=Deadline.after(seconds=20))
     with suppress(FileNotFoundError):
         await channel.spawn(ExecRequest(argv=["no-such-program"]))
+    job_ids.append(channel._last_id)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        inside = await channel.dial(IPv4Address("127.0.0.1"), listening.getsockname()[1])
+        served, _ = listening.accept()
+        with served:
+            served.sendall(b"answer")
+        await inside.end()
+        while await inside.read(100):
+            pass
     job_ids.append(channel._last_id)
     (folder / "tree").mkdir()
     (folder / "tree" / "file").write_bytes(b"content")

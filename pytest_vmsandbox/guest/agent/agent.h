@@ -2,7 +2,8 @@
  * The guest's agent: one process, one loop, one line to the host.
  *
  * Read in this order: frame.c (the line), job.c (commands and their streams), launch.c (how a command
- * starts), transfer.c (files and trees), machine.c (what pid 1 and a restore need), main.c (the loop).
+ * starts), connection.c (ports), transfer.c (files and trees), machine.c (what pid 1 and a restore
+ * need), addresses.c (network cards), main.c (the loop).
  * The protocol is described in docs/protocol.md.
  *
  * Rule of the house: the loop never waits. Whatever can block on a file system runs in a child.
@@ -22,7 +23,7 @@
 #include <sys/types.h>
 
 #define AGENT_VERSION "1"
-#define PROTOCOL_VERSION 2
+#define PROTOCOL_VERSION 3
 
 enum {
     PAYLOAD_MAX = 65536,
@@ -49,6 +50,7 @@ enum frame_type {
     FRAME_KILL = 11,
     FRAME_RESIZE = 12,
     FRAME_POWER = 13,
+    FRAME_CONNECT = 14,
 
     FRAME_WELCOME = 64,
     FRAME_DONE = 65,
@@ -115,11 +117,14 @@ struct output {
     uint32_t credit;
 };
 
+enum job_kind { JOB_COMMAND, JOB_TRANSFER, JOB_CONNECTION };
+
 struct job {
     struct job *next;
+    enum job_kind kind;
     uint32_t id;
     pid_t pid;
-    bool is_transfer, is_pty;
+    bool is_pty;
     bool started; /* the host has been told that it runs (or that it never will) */
     bool failed;  /* it never ran */
     bool exited;
@@ -137,6 +142,11 @@ struct job {
 
 extern struct job *jobs;
 struct job *job_find(uint32_t id);
+struct job *job_new(uint32_t id);
+void job_add(struct job *job);
+void job_discard(struct job *job);
+void job_started(struct job *job);
+void job_hang_up(struct job *job);
 bool job_start_exec(uint32_t id, unsigned char *request, size_t length);
 void job_start_transfer(uint32_t id, unsigned char *request, size_t length);
 void job_data(uint32_t id, unsigned char *data, size_t length);
@@ -175,6 +185,13 @@ void launch_free(struct launch *launch);
 void close_from(unsigned int first);
 int find_group(const char *group, gid_t *gid);
 int find_user(const char *user, uid_t *uid, gid_t *gid, char *home, size_t home_size, char *name, size_t name_size);
+
+/* connection.c */
+void connection_start(uint32_t id, struct reader *r);
+bool connection_is_pending(const struct job *job);
+void connection_settle(struct job *job);
+void connection_reset(struct job *job);
+bool connection_has_ended(const struct job *job);
 
 /* transfer.c: runs in a child of its own; stdin and stdout are streams, stderr takes the report */
 _Noreturn void transfer_run(unsigned char *request, size_t length);

@@ -1,5 +1,5 @@
 /*
- * A job: one command or transfer in a child of ours, its streams, and how it ends.
+ * A job: one command or transfer in a child of ours, or a connection; its streams, and how it ends.
  *
  * To the host a job is over when it has been told of the exit and of the end of each output stream;
  * nothing about that id is said afterwards. A job of a former session stays in the list, mute, until
@@ -11,6 +11,7 @@
 #include <signal.h>
 #include <stdio.h>
 #include <sys/ioctl.h>
+#include <sys/socket.h>
 #include <sys/wait.h>
 #include <termios.h>
 #include <unistd.h>
@@ -53,13 +54,15 @@ static void end_output(struct job *job, int index)
         line_send(FRAME_EOF, (uint8_t)(index + 1), job->id, NULL, 0);
 }
 
-static void mute(struct job *job)
+/* All its streams end. */
+void job_hang_up(struct job *job)
 {
-    job->detached = true;
     drop_input(job);
+    end_output(job, 0);
+    end_output(job, 1);
 }
 
-static struct job *new_job(uint32_t id)
+struct job *job_new(uint32_t id)
 {
     int count = 0;
     for (struct job *job = jobs; job; job = job->next)
@@ -74,7 +77,7 @@ static struct job *new_job(uint32_t id)
     return job;
 }
 
-static void discard(struct job *job)
+void job_discard(struct job *job)
 {
     drop_input(job);
     close_fd(&job->status_fd);
@@ -135,18 +138,27 @@ static void close_theirs(int fds[3])
     }
 }
 
-static void add(struct job *job)
+void job_add(struct job *job)
 {
     job->next = jobs;
     jobs = job;
 }
 
-static void tell_started(struct job *job)
+void job_started(struct job *job)
 {
     unsigned char payload[4];
     put_u32(payload, (uint32_t)job->pid);
     job->started = true;
     line_send(FRAME_STARTED, 0, job->id, payload, sizeof payload);
+}
+
+static void job_exited(struct job *job, int status)
+{
+    unsigned char payload[4];
+    job->exited = true;
+    put_u32(payload, (uint32_t)status);
+    if (!job->detached && !job->failed)
+        line_send(FRAME_EXITED, 0, job->id, payload, sizeof payload);
 }
 
 /* True if the job runs (or is about to tell that it can't). Owns `request` from now on. */
@@ -156,7 +168,7 @@ bool job_start_exec(uint32_t id, unsigned char *request, size_t length)
     uint8_t flags = read_u8(&r);
     struct winsize size = {.ws_row = read_u16(&r), .ws_col = read_u16(&r)};
     uint32_t window = read_u32(&r);
-    struct job *job = new_job(id);
+    struct job *job = job_new(id);
     if (!job) {
         free(request);
         return false;
@@ -164,7 +176,7 @@ bool job_start_exec(uint32_t id, unsigned char *request, size_t length)
     int fds[3] = {-1, -1, -1}, status = -1;
     job->launch = launch_parse(id, request, &r, flags & EXEC_INHERIT_ENV);
     if (!job->launch) {
-        discard(job);
+        job_discard(job);
         return false;
     }
     job->output[0].credit = job->output[1].credit = window;
@@ -179,11 +191,11 @@ bool job_start_exec(uint32_t id, unsigned char *request, size_t length)
     close_theirs(fds);
     close_fd(&status);
     if (job->pid > 0) {
-        add(job);
+        job_add(job);
         return true;
     }
     line_failed(id, -job->pid, "start");
-    discard(job);
+    job_discard(job);
     return false;
 }
 
@@ -192,11 +204,11 @@ void job_start_transfer(uint32_t id, unsigned char *request, size_t length)
 {
     struct reader r = reader_of(request, length);
     uint32_t window = read_u32(&r);
-    struct job *job = new_job(id);
+    struct job *job = job_new(id);
     if (!job)
         return;
     int fds[3] = {-1, -1, -1};
-    job->is_transfer = true;
+    job->kind = JOB_TRANSFER;
     job->output[0].credit = job->output[1].credit = window;
     job->pid = open_streams(job, fds, EXEC_STDIN, NULL) ? fork() : -1;
     if (job->pid == 0) {
@@ -212,12 +224,12 @@ void job_start_transfer(uint32_t id, unsigned char *request, size_t length)
     int error = errno;
     close_theirs(fds);
     if (job->pid > 0) {
-        add(job);
-        tell_started(job);
+        job_add(job);
+        job_started(job);
         return;
     }
     line_failed(id, error, "start");
-    discard(job);
+    job_discard(job);
 }
 
 void job_read_status(struct job *job)
@@ -229,16 +241,14 @@ void job_read_status(struct job *job)
     close_fd(&job->status_fd);
     if (count != sizeof error) {
         if (!job->detached)
-            tell_started(job);
+            job_started(job);
     } else {
         const struct launch *launch = job->launch;
         const char *where[] = {launch->argv[0], launch->cwd, launch->user};
         if (!job->detached)
             line_failed(job->id, error.error, where[error.stage]);
         job->failed = true;
-        drop_input(job);
-        end_output(job, 0);
-        end_output(job, 1);
+        job_hang_up(job);
     }
     launch_free(job->launch);
     job->launch = NULL;
@@ -278,6 +288,8 @@ static size_t write_some(struct job *job, const unsigned char *data, size_t leng
         if (count < 0 && errno == EAGAIN)
             break;
         if (count < 0) {
+            if (job->kind == JOB_CONNECTION && !job->exited)
+                job_exited(job, errno);
             input_refused(job);
             break;
         }
@@ -291,6 +303,8 @@ static void end_input_if_due(struct job *job)
 {
     if (!job->input_ending || job->input_fd < 0 || job->input)
         return;
+    if (job->kind == JOB_CONNECTION)
+        shutdown(job->input_fd, SHUT_WR); /* the same socket brings what comes from there */
     if (job->is_pty) { /* a terminal has no end, it has an end-of-file character */
         ssize_t ignored = write(job->input_fd, "\004", 1);
         (void)ignored;
@@ -402,7 +416,9 @@ void job_read_output(struct job *job, int index)
         output->credit -= (uint32_t)count;
         line_commit(FRAME_DATA, (uint8_t)(index + 1), job->id, (size_t)count);
     } else if (count == 0 || (errno != EAGAIN && errno != EINTR)) {
-        end_output(job, index); /* a terminal that nobody holds any more says EIO */
+        if (count < 0 && job->kind == JOB_CONNECTION && !job->exited)
+            job_exited(job, errno); /* first, so that the end of the stream is known for no orderly one */
+        end_output(job, index);     /* a terminal that nobody holds any more says EIO */
     }
 }
 
@@ -425,7 +441,10 @@ void job_signal(uint32_t request_id, uint32_t job_id, int number, bool kill_stre
         return;
     }
     int error = ESRCH;
-    if (job && job->is_transfer) {
+    if (job && job->kind == JOB_CONNECTION) {
+        connection_reset(job);
+        error = 0;
+    } else if (job && job->kind == JOB_TRANSFER) {
         drop_input(job); /* it notices, removes what is half-made, and ends */
         end_output(job, 0);
         error = 0;
@@ -460,13 +479,7 @@ void job_reaped(pid_t pid, int wait_status)
         return;
     if (job->status_fd >= 0)
         job_read_status(job); /* its exec, or its failure, came before its death */
-    job->exited = true;
-    if (job->detached || job->failed)
-        return;
-    unsigned char payload[4];
-    int status = WIFSIGNALED(wait_status) ? -WTERMSIG(wait_status) : WEXITSTATUS(wait_status);
-    put_u32(payload, (uint32_t)status);
-    line_send(FRAME_EXITED, 0, job->id, payload, sizeof payload);
+    job_exited(job, WIFSIGNALED(wait_status) ? -WTERMSIG(wait_status) : WEXITSTATUS(wait_status));
 }
 
 /* A new host: what the former one started is killed, or, if asked for, runs on unheard. */
@@ -475,11 +488,13 @@ void jobs_end_session(bool keep)
     for (struct job *job = jobs; job; job = job->next) {
         if (job->detached)
             continue;
-        if (!keep || job->is_transfer) {
-            mute(job);
-            end_output(job, 0);
-            end_output(job, 1);
-            if (!job->is_transfer)
+        if (job->kind == JOB_CONNECTION) {
+            job->detached = true;
+            connection_reset(job);
+        } else if (!keep || job->kind == JOB_TRANSFER) {
+            job->detached = true;
+            job_hang_up(job);
+            if (job->kind == JOB_COMMAND)
                 signal_group(job, SIGKILL);
         } else {
             job->detached = true; /* its stdin stays open: an end there would end it */
@@ -501,9 +516,11 @@ void jobs_sweep(void)
         for (int i = 0; i < 2; i++)
             if (job->killed && job->exited && job->output[i].fd >= 0 && has_nothing_left_to_read(job->output[i].fd))
                 end_output(job, i);
+        if (connection_has_ended(job))
+            job_exited(job, 0);
         if (is_over(job)) {
             *link = job->next;
-            discard(job);
+            job_discard(job);
             continue;
         }
         link = &job->next;

@@ -194,6 +194,9 @@ static void obey(struct frame *frame)
     case FRAME_TRANSFER:
         start_transfer(frame);
         break;
+    case FRAME_CONNECT:
+        connection_start(frame->id, &r);
+        break;
     case FRAME_DATA:
         job_data(frame->id, frame->payload, frame->length);
         break;
@@ -311,7 +314,7 @@ static void open_signals(void)
 
 struct watch {
     struct job *job;
-    enum { WATCH_STATUS, WATCH_INPUT, WATCH_OUTPUT } what;
+    enum { WATCH_STATUS, WATCH_CONNECTING, WATCH_INPUT, WATCH_OUTPUT } what;
     int index;
 };
 
@@ -331,6 +334,8 @@ static void watch_jobs(void)
 {
     for (struct job *job = jobs; job; job = job->next) {
         watch(job->status_fd, POLLIN, (struct watch){.job = job, .what = WATCH_STATUS});
+        if (connection_is_pending(job))
+            watch(job->output[0].fd, POLLOUT, (struct watch){.job = job, .what = WATCH_CONNECTING});
         if (job->input)
             watch(job->input_fd, POLLOUT, (struct watch){.job = job, .what = WATCH_INPUT});
         for (int i = 0; i < 2; i++)
@@ -355,6 +360,8 @@ static void serve(const struct watch *watch, int fd)
     struct job *job = watch->job;
     if (watch->what == WATCH_STATUS && job->status_fd == fd)
         job_read_status(job);
+    else if (watch->what == WATCH_CONNECTING && connection_is_pending(job))
+        connection_settle(job);
     else if (watch->what == WATCH_INPUT && job->input_fd == fd && job->input)
         job_write_input(job);
     else if (watch->what == WATCH_OUTPUT && job->output[watch->index].fd == fd && job_wants_output(job, watch->index))
