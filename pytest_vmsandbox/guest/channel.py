@@ -49,6 +49,7 @@ from pytest_vmsandbox.guest.messages import (
     parse_welcome,
 )
 from pytest_vmsandbox.guest.process import GuestProcess
+from pytest_vmsandbox.guest.reply import Reply
 from pytest_vmsandbox.guest.streams import READ_WINDOW
 from pytest_vmsandbox.guest.waiting import Changes, fresh
 
@@ -61,27 +62,6 @@ _PAD_AFTER_S = 3.0
 _PADDING = bytes(FRAME_MAX)
 
 NOBODY = Identity()
-
-
-class _Reply:
-    """A request that waits for DONE or FAILED."""
-
-    __slots__ = ("changes", "done", "error")
-
-    def __init__(self) -> None:
-        self.done = False
-        self.error: BaseException | None = None
-        self.changes = Changes()
-
-    def settle(self, error: BaseException | None) -> None:
-        self.done, self.error = True, error
-        self.changes.announce()
-
-    async def wait(self) -> None:
-        while not self.done:
-            await self.changes.wait()
-        if self.error is not None:
-            raise fresh(self.error)
 
 
 async def open_channel(  # noqa: PLR0913 - each a fact of its own about one handshake
@@ -130,13 +110,13 @@ class Channel:
         self.on_lost: Callable[[ChannelLost], None] = self.fail
         self._line = Line(self)
         self._jobs: dict[int, Job] = {}
-        self._replies: dict[int, _Reply] = {}
+        self._replies: dict[int, Reply] = {}
         self._last_id = 0
         self._error: BaseException | None = None
         self._token: bytes | None = None
         self._welcome: Hello | None = None
         self._changes = Changes()
-        self._beats: dict[int, _Reply] = {}
+        self._beats: dict[int, Reply] = {}
         self.heartbeat = Heartbeat(
             silence_s=silence_s,
             ping=self._beat,
@@ -357,8 +337,8 @@ class Channel:
         self._require_usable()
         await self._send_request(type_, payload).wait()
 
-    def _send_request(self, type_: FrameType, payload: bytes = b"") -> _Reply:
-        id_, reply = self._next_id(), _Reply()
+    def _send_request(self, type_: FrameType, payload: bytes = b"") -> Reply:
+        id_, reply = self._next_id(), Reply()
         frame = encode_frame(type_, id_=id_, payload=payload)
         self._replies[id_] = reply  # kept until it is answered, whether or not anybody waits
         self._line.send(frame)
@@ -372,7 +352,7 @@ class Channel:
     def _beat(self) -> None:
         if not self._beats:  # one at a time, and it does not keep itself alive
             id_ = self._next_id()
-            self._beats[id_] = _Reply()
+            self._beats[id_] = Reply()
             self._line.send(encode_frame(FrameType.PING, id_=id_))
 
     def _arrange_heartbeat(self) -> None:
