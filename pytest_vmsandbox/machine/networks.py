@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Container, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
 from dataclasses import replace
 from itertools import count, product
@@ -72,19 +72,29 @@ class Networks:
         """What wires are made of, once that is decided."""
         return WireKind(self._wish)
 
-    async def loose(self, networks: Sequence[str], *, tier: Tier) -> LooseWires:
-        """Wires for a machine that is to be on these networks, of the kind that they will be."""
+    async def loose(self, networks: Sequence[str], *, tier: Tier, cards: int = 0) -> LooseWires:
+        """Wires for a machine that is to be on these networks, of the kind that they will be.
+
+        There are as many as `cards`, where that is more than it has networks.
+        """
         self._tier = self._tier or tier
-        if networks and self._line is None and self._wish != WireKind.SOCKET:
+        spare = max(cards - len(networks), 0)
+        if not networks and not spare:
+            return LooseWires()
+        if self._line is None and self._wish != WireKind.SOCKET:
             await self._switch()
-        if not networks or self.kind is WireKind.SOCKET:
-            return LooseWires(networks=networks)
-        return LooseWires(networks=networks, open_tap=self._open_loose_tap)
+        open_tap = None if self.kind is WireKind.SOCKET else self.loose_tap
+        return LooseWires(networks=networks, spare=spare, open_tap=open_tap)
 
-    async def _open_loose_tap(self) -> OwnedFd:
-        return await (await self._switch()).loose_tap()
-
-    def join(self, machine: str, former: Wires, *, tier: Tier, time_scale: float = 1.0) -> Wires:
+    def join(
+        self,
+        machine: str,
+        former: Wires,
+        *,
+        tier: Tier,
+        time_scale: float = 1.0,
+        make: Callable[..., PluggedWires] = PluggedWires,
+    ) -> PluggedWires:
         """A machine's places on its networks, which are made where they are not there yet.
 
         `former` names them, and has the cards that its guest may still know by their old addresses:
@@ -105,11 +115,12 @@ class Networks:
                 if name in self._networks and not self._networks[name].members:
                     del self._networks[name]  # it was made just now
             raise
-        wires = PluggedWires(
+        wires = make(
             machine,
             addresses,
             self,
-            former=[card.mac for card in former.cards],
+            former=[card.mac for card in former.cards[: len(networks)]],
+            spare=former.spare,
             time_scale=time_scale,
         )
         for name in networks:
@@ -124,6 +135,10 @@ class Networks:
         await self._end_switch()
 
     # For wires
+
+    async def loose_tap(self) -> OwnedFd:
+        """Part of Switch."""
+        return await (await self._switch()).loose_tap()
 
     async def plug(self, network: str, name: str) -> OwnedFd:
         """Part of Switch."""
@@ -226,6 +241,11 @@ class Networks:
     def names(self) -> Sequence[str]:
         """Those that there are now."""
         return tuple(self._networks)
+
+    def names_on(self, network: str) -> Container[str]:
+        """What the machines are called that are on it, if there is one."""
+        there = self._networks.get(network)
+        return () if there is None else there.members.keys()
 
     @property
     def disturbed(self) -> bool:

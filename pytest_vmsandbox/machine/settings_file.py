@@ -21,13 +21,27 @@ chmod 0644 "$1"
 grep -q " $2 " /proc/self/mounts || mount --bind "$1" "$2"
 """
 
+_UNCOVER = """
+umount "$2" && rm -f "$1"
+"""
+
+# What a link names, not the link.
+_REMOVE = """
+rm -f -- "$(readlink -f "$2")"
+"""
+
 
 async def read_settings(channel: Channel, path: str) -> str:
     """What stands in the file; nothing where there is none. OSError(EFBIG) beyond MAX_BYTES."""
+    return await find_settings(channel, path) or ""
+
+
+async def find_settings(channel: Channel, path: str) -> str | None:
+    """The same, but None where there is no file."""
     try:
         data = await channel.read_file(path, limit=MAX_BYTES + 1)
     except FileNotFoundError:
-        return ""
+        return None
     if len(data) > MAX_BYTES:
         raise OSError(errno.EFBIG, f"longer than {MAX_BYTES} bytes", path)
     return data.decode(errors="surrogateescape")
@@ -48,9 +62,30 @@ async def write_settings(channel: Channel, path: str, text: str) -> None:
             raise
 
 
+async def remove_settings(channel: Channel, path: str) -> None:
+    """Have the file no more, or none of ours over it. OSError where that can't be."""
+    if not await _run(channel, _REMOVE, path):
+        raise OSError(errno.EIO, "it can't be removed", path)
+
+
+async def uncover_settings(channel: Channel, path: str) -> bool:
+    """Have the file's own content again where one of ours was mounted over it; whether it was."""
+    mounts = await channel.read_file("/proc/self/mounts")
+    if f" {path} ".encode() not in mounts:
+        return False
+    if not await _run(channel, _UNCOVER, path):
+        raise OSError(errno.EBUSY, "what was mounted over it stays", path)
+    return True
+
+
 async def _cover(channel: Channel, path: str, data: bytes) -> bool:
+    return await _run(channel, _COVER, path, data)
+
+
+async def _run(channel: Channel, script: str, path: str, data: bytes = b"") -> bool:
+    """Whether that script went well."""
     cover = f"/run/vmsandbox-{PurePosixPath(path).name}"
-    argv = ["/bin/sh", "-c", _COVER, "sh", cover, path]
+    argv = ["/bin/sh", "-c", script, "sh", cover, path]
     process = await channel.spawn(ExecRequest(argv=argv, stdin=True, merge_stderr=True))
     assert process.stdin is not None  # it was asked for
     try:

@@ -36,6 +36,10 @@ class Wires(Protocol):
     """A machine's cards, and what is at their other ends."""
 
     @property
+    def spare(self) -> int:
+        """How many cards it has behind those of its networks."""
+
+    @property
     def networks(self) -> Sequence[str]:
         """The networks that the machine is for, in the order of its cards."""
 
@@ -80,10 +84,12 @@ class Wires(Protocol):
 class LooseWires:
     """Cards at whose other ends there is nobody: those of a template, or none at all.
 
-    They are taps where `open_tap` gives them, and sockets else.
+    Behind those for `networks` come `spare` ones, for which there is no use yet. They are taps
+    where `open_tap` gives them, and sockets else.
     """
 
     networks: Sequence[str] = ()
+    spare: int = 0
     addresses: Mapping[str, Address] = field(default_factory=dict)
     open_tap: Callable[[], Awaitable[OwnedFd]] | None = None
 
@@ -95,30 +101,22 @@ class LooseWires:
     @property
     def cards(self) -> Sequence[Card]:
         """Part of Wires."""
-        tap = self.kind is WireKind.TAP
-        return [Card(mac=placeholder_mac(at), tap=tap) for at in range(len(self.networks))]
+        return _loose_cards(range(len(self.networks) + self.spare), self.kind)
 
     @asynccontextmanager
     async def plugged(self) -> AsyncIterator[Sequence[Card]]:
         """Part of Wires."""
         with ExitStack() as held:
-            cards = []
-            for card in self.cards:
-                if self.open_tap is None:
-                    ends = [held.enter_context(end) for end in socket.socketpair()]
-                    wire = ends[0].fileno()
-                else:
-                    wire = held.enter_context(await self.open_tap())
-                cards.append(replace(card, wire=WireEnd(wire)))
-            yield cards
+            yield [await _plug_loosely(card, self.open_tap, held) for card in self.cards]
 
     async def unplug(self) -> None:
         """Part of Wires."""
 
     async def furnish(self, channel: Channel) -> None:
         """Part of Wires: the cards are ready when a machine out of the template wants them."""
-        if self.networks:
-            await load_driver(channel)
+        if not self.networks:  # of those that are only spare nobody wants any
+            return
+        await load_driver(channel)
         for card in self.cards:
             with suppress(OSError):  # its guest has no driver: who wants the card is told
                 await channel.set_addresses(card.mac, ())
@@ -140,6 +138,21 @@ class LooseWires:
         """Part of Wires."""
 
 
+OpenTap = Callable[[], Awaitable[OwnedFd]]
+
+
+def _loose_cards(numbers: range, kind: WireKind) -> list[Card]:
+    return [Card(mac=placeholder_mac(at), tap=kind is WireKind.TAP) for at in numbers]
+
+
+async def _plug_loosely(card: Card, open_tap: OpenTap | None, held: ExitStack) -> Card:
+    """The card with a wire, held in `held`, at whose other end there is nobody."""
+    if open_tap is None:
+        ends = [held.enter_context(end) for end in socket.socketpair()]
+        return replace(card, wire=WireEnd(ends[0].fileno()))
+    return replace(card, wire=WireEnd(held.enter_context(await open_tap())))
+
+
 class Switch(Protocol):
     """What wires need of a worker's networks."""
 
@@ -152,6 +165,9 @@ class Switch(Protocol):
 
     async def unplug(self, network: str, name: str, address: Address) -> None:
         """Carry it no more, and end the host's connections to it."""
+
+    async def loose_tap(self) -> OwnedFd:
+        """A tap at whose other end there is nobody, for the caller to close."""
 
     async def connect(
         self, network: str, address: str, port: int, *, timeout_s: float
@@ -174,7 +190,8 @@ class Switch(Protocol):
 class PluggedWires:
     """A machine's places on its networks; `addresses` by network, in the order of its cards.
 
-    By `former` Ethernet addresses its guest may know its cards until it has been furnished.
+    By `former` Ethernet addresses its guest may know its cards until it has been furnished. Behind
+    them come `spare` ones, at whose other ends there is nobody.
     """
 
     def __init__(
@@ -184,9 +201,11 @@ class PluggedWires:
         switch: Switch,
         *,
         former: Sequence[str],
+        spare: int = 0,
         time_scale: float,
     ) -> None:
         self.machine = machine
+        self.spare = spare
         self.networks = tuple(addresses)
         self.addresses = addresses
         self._former = former
@@ -208,20 +227,24 @@ class PluggedWires:
     @property
     def cards(self) -> Sequence[Card]:
         """Part of Wires."""
-        tap = self.kind is WireKind.TAP
-        return [Card(mac=address.mac, tap=tap) for address in self.addresses.values()]
+        tap, first = self.kind is WireKind.TAP, len(self.addresses)
+        cards = [Card(mac=address.mac, tap=tap) for address in self.addresses.values()]
+        return [*cards, *_loose_cards(range(first, first + self.spare), self.kind)]
 
     @asynccontextmanager
     async def plugged(self) -> AsyncIterator[Sequence[Card]]:
         """Part of Wires."""
         with ExitStack() as held:
             cards = []
+            planned = self.cards
+            open_tap = self._switch.loose_tap if self.kind is WireKind.TAP else None
             try:
-                for network, card in zip(self.addresses, self.cards, strict=True):
+                for network, card in zip(self.addresses, planned, strict=False):
                     self._plugged.append(network)
                     wire = held.enter_context(await self._switch.plug(network, self.machine))
                     cards.append(replace(card, wire=WireEnd(wire)))
-                yield cards
+                spare = planned[len(cards) :]
+                yield [*cards, *[await _plug_loosely(card, open_tap, held) for card in spare]]
             finally:
                 self._channel, self._paused = None, False
                 self._stop_retrying()

@@ -9,7 +9,7 @@ import asyncio
 import os
 import platform
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -57,7 +57,7 @@ from pytest_vmsandbox.machine.templates.templates import Templates
 from pytest_vmsandbox.machine.turn import take_turn
 from pytest_vmsandbox.machine.warden_launcher import WardenLauncher
 from pytest_vmsandbox.machine.wardens import Wardens
-from pytest_vmsandbox.machine.wires import LooseWires
+from pytest_vmsandbox.machine.wires import LooseWires, PluggedWires
 from pytest_vmsandbox.network.client import SwitchLine
 from pytest_vmsandbox.network.topology import NAT
 from pytest_vmsandbox.network.wire_kind import AUTO
@@ -298,7 +298,9 @@ class Worker:
     async def _make(self, spec: MachineSpec) -> MachineController:
         return MachineController(await self.wired(await self._build(spec)))
 
-    async def wired(self, build: Build) -> Build:
+    async def wired(
+        self, build: Build, *, make: Callable[..., PluggedWires] = PluggedWires
+    ) -> Build:
         """The same on its networks, where it gets what nobody else there is called.
 
         Where that can't be, nothing is left of what was planned for it.
@@ -307,7 +309,9 @@ class Worker:
             return build
         name, tier = build.config.name, Tier(build.tier)
         try:
-            wires = self.networks.join(name, build.wires, tier=tier, time_scale=build.time_scale)
+            wires = self.networks.join(
+                name, build.wires, tier=tier, time_scale=build.time_scale, make=make
+            )
             return replace(build, wires=wires)
         except BaseException:
             # What it has of the machine that it is like is not its own.
@@ -324,7 +328,7 @@ class Worker:
         shape = spec.shaped_like(template.spec) if template else spec
         if shape.networks:
             return None
-        build = await self.plan(shape)
+        build = await self.plan(shape, cards=template.cards if template else 0)
         try:
             frozen = self.templates.held(build, template)
             if frozen is not None and all(plan.source is None for plan in build.disks):
@@ -351,7 +355,7 @@ class Worker:
     async def _build_of(self, template: Template, spec: MachineSpec) -> Build:
         if spec.lifecycle == "booted" and "lifecycle" in spec.demanded:
             raise RequestInvalid(f"a machine out of {template!r} can't be lifecycle='booted'")
-        build = await self.plan(spec.shaped_like(template.spec))
+        build = await self.plan(spec.shaped_like(template.spec), cards=template.cards)
         return await self.templates.restored(build, template)
 
     def _prepared(self, template: Template | str) -> Template:
@@ -365,9 +369,10 @@ class Worker:
             )
         return self.prepared[template]
 
-    async def plan(self, spec: MachineSpec) -> Build:
+    async def plan(self, spec: MachineSpec, *, cards: int = 0) -> Build:
         """All that a machine of that shape is made of, but what it would be restored from.
 
+        It has as many network cards as `cards`, where that is more than it has networks.
         Its directory is made with it: whoever does not start the machine ends it all the same.
         """
         facts = await self._known_facts()
@@ -388,7 +393,7 @@ class Worker:
         disks = await asyncio.to_thread(plan_disks, spec.disks) if spec.disks else ()
         # Last: whoever is cancelled before leaves no directory.
         place = await self.place(spec.name)
-        wires = await self.networks.loose(spec.networks, tier=tier)
+        wires = await self.networks.loose(spec.networks, tier=tier, cards=cards)
         config = QemuConfig(
             program=facts.qemu.path,
             name=place.name,

@@ -24,14 +24,22 @@ from pytest_vmsandbox.machine.templates.cache import Kept
 from pytest_vmsandbox.machine.templates.input_digest import digest_inputs
 from pytest_vmsandbox.machine.templates.layer import Template
 from pytest_vmsandbox.machine.templates.setup_digest import digest_setup
+from pytest_vmsandbox.machine.templates.setup_network import (
+    cards_for,
+    lend_way_out,
+    require_way_out,
+    take_back_way_out,
+)
 from pytest_vmsandbox.machine.templates.template import Recipe
 from pytest_vmsandbox.machine.templates.templates import (
+    FREEZE_S,
     freeze_for_good,
     recipe_of,
     require_made_of,
     sharing,
 )
 from pytest_vmsandbox.machine.worker import Worker
+from pytest_vmsandbox.network.topology import NAT
 
 Setup: TypeAlias = (
     Callable[[Machine], object] | Callable[[AsyncMachine], Coroutine[Any, Any, object]]
@@ -65,6 +73,7 @@ class TemplateBuilder:
         inputs: Sequence[Path | str] = (),
         name: str | None = None,
         key: str | None = None,
+        setup_network: str | None = None,
         **wishes: Any,
     ) -> Template:
         """A template of what `setup(vm)` makes of a machine; made once, and kept across sessions.
@@ -81,21 +90,30 @@ class TemplateBuilder:
         trees that it copies; and with another `key`, which stands for all else. Whoever comes
         first makes it, others wait.
 
+        With `setup_network="nat"`, or where its machines are on that network themselves, `setup`
+        has a way out to the world, by the first card of its machine; that is taken back before the
+        freeze, and what is restored is on the networks of `wishes`, or on none. No setup is on a
+        network with other machines.
+
         `name` (that of `setup`) is how `@pytest.mark.vm(template="...")` calls it. Raises
         RequestInvalid where that name was given to something else, or Python can't tell what
-        `setup` is made of; whatever `setup` raises goes on, and nothing is kept then.
+        `setup` is made of, or for another `setup_network`; whatever `setup` raises goes on, and
+        nothing is kept then.
         """
         with ExitStack() as undo:
             spec = self._spec(base, wishes)
-            build = self._engine.run(self._worker.plan(spec))
-            undo.callback(self._end, MachineController(build))
+            way_out = require_way_out(setup_network, spec.networks)
             below = base if isinstance(base, Template) else None
+            cards = cards_for(spec, below, way_out=way_out)
+            shape = spec.changed({"network": NAT}) if way_out else spec
+            build = self._engine.run(self._worker.plan(shape, cards=cards))
+            undo.callback(self._end, MachineController(build))
+            ingredients = partial(_ingredients, setup, inputs, key, way_out=way_out)
             template = self._planned(
-                setup, build, below, spec=spec, name=name, inputs=inputs, key=key
+                setup, build, below, spec=spec, name=name, ingredients=ingredients
             )
             known = self._worker.prepared.get(template.name)
             if known is None:
-                ingredients = partial(_ingredients, setup, inputs, key)
                 self._ensure(template, build, below, setup, ingredients)
                 self._worker.prepared[template.name] = template
             elif known.digest != template.digest:
@@ -120,8 +138,7 @@ class TemplateBuilder:
         *,
         spec: MachineSpec,
         name: str | None,
-        inputs: Sequence[Path | str],
-        key: str | None,
+        ingredients: Callable[[], dict[str, str]],
     ) -> Template:
         if not callable(setup):
             raise RequestInvalid(f"setup={setup!r} must be something that is called with a machine")
@@ -137,10 +154,11 @@ class TemplateBuilder:
             parts={
                 "base": base.digest,
                 "clock": spec.clock,
-                **_ingredients(setup, inputs, key),
+                **ingredients(),
             },
         )
-        return Template(name=name, recipe=recipe, root=root.digest, spec=spec)
+        cards = len(build.config.cards)
+        return Template(name=name, recipe=recipe, root=root.digest, spec=spec, cards=cards)
 
     def _ensure(
         self,
@@ -180,6 +198,7 @@ class TemplateBuilder:
             undo.callback(memory.close)
             with self._machine(build, base, memory) as machine:
                 self._set_up(machine, setup)
+                run(take_back_way_out(machine, FREEZE_S))
                 frozen = run(freeze_for_good(machine, memory))
             undo.pop_all()
             return frozen
@@ -189,8 +208,10 @@ class TemplateBuilder:
         self, build: Build, base: Kept, memory: GuestMemory
     ) -> Iterator[MachineController]:
         """A machine out of `base` that writes to `memory`."""
-        shared = sharing(build, memory)
-        machine = MachineController(shared.restored_from(replace(base.frozen, memory=memory)))
+        shared = sharing(build, memory).restored_from(replace(base.frozen, memory=memory))
+        if NAT in shared.wires.networks:
+            shared = self._engine.run(lend_way_out(self._worker, shared))
+        machine = MachineController(shared)
         ended = self._on_machine(machine)
         try:
             self._engine.run(self._worker.boot([machine]))
@@ -218,8 +239,11 @@ class TemplateBuilder:
         self._engine.run(self._worker.end([machine]))
 
 
-def _ingredients(setup: Setup, inputs: Sequence[Path | str], key: str | None) -> dict[str, str]:
+def _ingredients(
+    setup: Setup, inputs: Sequence[Path | str], key: str | None, *, way_out: bool
+) -> dict[str, str]:
     return {
+        **({"way out": NAT} if way_out else {}),
         "inputs": digest_inputs(inputs),
         "setup": digest_setup(setup, inputs=[Path(path) for path in inputs], key=key),
     }

@@ -16,13 +16,14 @@ class Template:
     """What machines are restored from with `template=`; `TemplateBuilder.build` makes it.
 
     `spec` is the shape that all of them have, `root` the digest of the booted machine that is
-    below all setups.
+    below all setups. On at most as many networks as there are `cards` each of them may be.
     """
 
     name: str
     recipe: Recipe
     root: str
     spec: MachineSpec
+    cards: int = 0
 
     @property
     def digest(self) -> str:

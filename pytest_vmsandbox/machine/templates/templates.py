@@ -252,7 +252,7 @@ def _title(build: Build) -> str:
     config = build.config
     words = [build.image, f"{config.memory_mib} MiB", f"{config.cpus} cpus", config.accel]
     if config.cards:
-        words.append(f"{len(config.cards)} networks")
+        words.append("1 card" if len(config.cards) == 1 else f"{len(config.cards)} cards")
     return ", ".join(words)
 
 
