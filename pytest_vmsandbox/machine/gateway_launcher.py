@@ -138,7 +138,8 @@ async def _answering(
         try:
             process = await stack.enter_async_context(launching)
             theirs.close()
-            started(process.identity)
+            if process.identity.pid:  # 0: it had ended before anybody could look
+                started(process.identity)
             async with asyncio.timeout(START_S):
                 await knock(ours)
         except (OSError, VmSandboxError) as error:  # TimeoutError is one of the first

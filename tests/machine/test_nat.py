@@ -69,8 +69,8 @@ def test_without_a_gateway_a_machine_does_not_start_and_leaves_nothing(
         assert "no way out here" in str(e.value)
         assert not machine.is_on
         for entry in processes(worker).get(Role.GATEWAY, ()):  # kept, to be looked at in the end
-            assert entry.identity is not None
-            assert not Path(f"/proc/{entry.identity.pid}").exists()
+            if entry.identity is not None:  # else it had ended before anybody could look
+                assert not Path(f"/proc/{entry.identity.pid}").exists()
         assert Role.VMM not in processes(worker)
         engine.run(worker.end([machine]))
     assert worker.networks.names == ()

@@ -2,54 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
-from collections.abc import Callable
-from pathlib import Path
-
 import pytest
 
-from pytest_vmsandbox.machine.worker import Worker, WorkerSettings
-from tests.people import CHECKOUT
-from tests.plugin.conftest import CACHE
-from tests.world import THERE
+from tests.plugin.conftest import RunInWorld
 
 pytestmark = [pytest.mark.machine, pytest.mark.vm_requires("nat")]
-
-RunInWorld = Callable[..., pytest.RunResult]
-
-
-@pytest.fixture
-def run_in_world(pytester: pytest.Pytester) -> RunInWorld:
-    """Run pytest on a source, beyond whose host there is the world and nothing else."""
-    user = () if os.getuid() == 0 else ("--user", "--map-current-user", "--keep-caps")
-    before = ["unshare", *user, "--net", "--mount", "--propagation=private", "--"]
-    if shutil.which("unshare") is None or subprocess.run([*before, "true"], check=False).returncode:
-        pytest.skip("no network namespace can be made here")
-
-    _have_the_image()  # there is nothing in that world to build it of
-
-    def run(source: str, *arguments: str) -> pytest.RunResult:
-        file = pytester.makepyfile(source)
-        resolv_conf = pytester.makefile(".conf", "".join(f"nameserver {it}\n" for it in THERE))
-        (pytester.path / "pytest.ini").write_text("[pytest]\n")
-        inner = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(file), *arguments]
-        world = [*before, sys.executable, "-m", "tests.world", str(resolv_conf), *inner]
-        path = os.pathsep.join((str(CHECKOUT), *filter(None, sys.path)))
-        return pytester.run("env", f"PYTHONPATH={path}", *world, timeout=400)
-
-    return run
-
-
-def _have_the_image() -> None:
-    worker = Worker(WorkerSettings(cache_dir=Path(CACHE)))
-    try:
-        worker.engine.run(worker.image("mini"))
-    finally:
-        worker.close()
-
 
 TESTS = """
     import socket

@@ -6,7 +6,7 @@ import secrets
 import shutil
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,79 +23,14 @@ from pytest_vmsandbox import (
     TemplateBuilder,
 )
 from pytest_vmsandbox.machine.controller import MachineController
-from pytest_vmsandbox.machine.spec import MachineSpec
 from pytest_vmsandbox.machine.templates.builder import Setup
 from pytest_vmsandbox.machine.templates.memory_file import MEMORY, PAGES
 from pytest_vmsandbox.machine.templates.shelf import MARK, NAME
 from pytest_vmsandbox.machine.templates.template import read_manifest
-from pytest_vmsandbox.machine.worker import Worker, WorkerSettings
-from tests.machine.templates.template_caches import make_cache
+from pytest_vmsandbox.machine.worker import Worker
+from tests.machine.templates.preparing import Builder, Restored, names_in
 
 pytestmark = pytest.mark.machine
-
-
-@pytest.fixture(scope="module")
-def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache of this module's own, but for images and all else that is not the templates."""
-    return make_cache(tmp_path_factory.mktemp("cache"))
-
-
-@pytest.fixture
-def new_worker(cache_dir: Path, scratch: Path) -> Iterator[Callable[[str], Worker]]:
-    """Makes workers that share the cache; they are closed afterwards."""
-    workers: list[Worker] = []
-
-    def make(name: str) -> Worker:
-        settings = WorkerSettings(cache_dir=cache_dir, run_dir=scratch / "run", id=name)
-        workers.append(Worker(settings))
-        return workers[-1]
-
-    yield make
-    for worker in workers:
-        worker.close()
-    assert list((scratch / "run").glob("*")) == []
-
-
-@pytest.fixture
-def worker(new_worker: Callable[[str], Worker]) -> Worker:
-    return new_worker("main")
-
-
-class Builder(TemplateBuilder):
-    """A builder that counts the machines that it prepares, and sees that each one is ended."""
-
-    def __init__(self, worker: Worker) -> None:
-        super().__init__(worker, MachineSpec(), on_machine=self._count)
-        self.prepared: list[MachineController] = []
-        self.ended = 0
-
-    def _count(self, machine: MachineController) -> Callable[[], None]:
-        self.prepared.append(machine)
-        return self._end_of_one
-
-    def _end_of_one(self) -> None:
-        self.ended += 1
-
-
-@pytest.fixture
-def builder(worker: Worker) -> Builder:
-    return Builder(worker)
-
-
-class Restored:
-    """A machine out of a template, for a `with`."""
-
-    def __init__(self, worker: Worker, template: Template | str, **wishes: object) -> None:
-        self._worker = worker
-        spec = MachineSpec().changed({"template": template, **wishes})
-        (self._controller,) = worker.engine.run(worker.make([spec]))
-
-    def __enter__(self) -> Machine:
-        self._worker.engine.run(self._worker.boot([self._controller]))
-        return Machine(self._controller, self._worker.engine)
-
-    def __exit__(self, *_: object) -> None:
-        self._worker.engine.run(self._worker.end([self._controller]))
 
 
 def test_what_a_setup_did_is_there_in_each_machine_and_stays_apart(
@@ -283,23 +218,18 @@ def test_what_a_setup_raises_goes_on_and_nothing_is_kept(
     def setup(vm: Machine) -> None:
         vm.run("exit 3", check=True)
 
-    before = _names(cache_dir)
+    before = names_in(cache_dir)
     for _ in range(2):
         with pytest.raises(CommandFailed, match="exited with 3") as raised:
             builder.build(setup=setup, name="failing")
         assert "setup" in [entry.name for entry in raised.traceback]
 
-    assert _names(cache_dir) - before <= {".lock", MARK} | {
-        name for name in _names(cache_dir) if len(name) == 32
+    assert names_in(cache_dir) - before <= {".lock", MARK} | {
+        name for name in names_in(cache_dir) if len(name) == 32
     }
     assert builder.ended == len(builder.prepared) == 2
     assert "failing" not in worker.prepared
     assert not any(map(_is_powered_on, builder.prepared))
-
-
-def _names(cache_dir: Path) -> set[str]:
-    directory = cache_dir / NAME
-    return {path.name for path in directory.iterdir()} if directory.is_dir() else set()
 
 
 def _is_powered_on(machine: MachineController) -> bool:
@@ -418,7 +348,7 @@ def test_one_whose_ingredients_change_while_it_is_made_is_for_this_run_only(
     template = builder.build(setup=setup, inputs=[tmp_path, tmp_path / "input"], name=what)
 
     assert any(f"its {what} changed while" in told for told in worker.incidents)
-    assert template.digest[:32] not in _names(cache_dir)
+    assert template.digest[:32] not in names_in(cache_dir)
     with Restored(worker, template) as vm:
         assert vm.read_text("/root/made") == "beforebefore"
 
