@@ -151,7 +151,7 @@ def async_vm_factory(
 
 @pytest.fixture(scope="session")
 def vm_templates(request: pytest.FixtureRequest, vm_image: str) -> TemplateBuilder:
-    """Builds templates: `vm_templates.build(setup=, base=, inputs=, name=, setup_network=, ...)`."""
+    """Builds templates: `vm_templates.build(setup=, base=, inputs=, name=, ...)`."""
     from pytest_vmsandbox.machine.templates.builder import TemplateBuilder
 
     def seen(machine: MachineController) -> Callable[[], None]:
