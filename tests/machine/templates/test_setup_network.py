@@ -207,7 +207,7 @@ def test_a_way_out_makes_it_another_template(builder: Builder) -> None:
         {"network": "nat", "setup_network": "nat"},
     ]
     made = [
-        builder.build(setup=without, key="apart", name=f"{at}", **each)  # type: ignore[arg-type]
+        builder.build(setup=without, key="apart", name=f"{at}", **each)
         for at, each in enumerate(wishes)
     ]
 
