@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from pytest_vmsandbox.machine.disk_plan import DiskPlan
 from pytest_vmsandbox.machine.frozen import Frozen
+from pytest_vmsandbox.machine.living import Living
 from pytest_vmsandbox.machine.wires import LooseWires, Wires
 from pytest_vmsandbox.vmm.launch import Launcher
 from pytest_vmsandbox.vmm.qemu import QemuConfig
@@ -54,7 +55,10 @@ class Nursery(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Build:
-    """All that a machine is made of, decided before it is started."""
+    """All that a machine is made of, decided before it is started.
+
+    `living` are the machines of its worker that are on, or are being powered on, which it joins.
+    """
 
     id: str
     config: QemuConfig
@@ -69,6 +73,7 @@ class Build:
     nursery: Nursery | None = None
     clock: str = "host"
     wires: Wires = field(default_factory=LooseWires)
+    living: Living = field(default_factory=Living, compare=False, repr=False)
 
     def restored_from(self, frozen: Frozen) -> Build:
         """The same machine, but restored: memory and disks begin as they were frozen."""

@@ -56,8 +56,12 @@ class Power(MachineCore):
         if self._running is not None or self._boot is not None:
             raise RequestInvalid(f"{self.name} is powered on already")
         self._boot = asyncio.current_task()
+        self.build.living.add(self)
         try:
             await self._boot_patiently(Deadline.after(seconds=self.seconds(timeout, BOOT_S)))
+        except BaseException:
+            self.build.living.discard(self)
+            raise
         finally:
             self._boot = None
 
@@ -72,6 +76,7 @@ class Power(MachineCore):
             await asyncio.wait({self._boot})
         self._running = None
         await self._power.aclose()
+        self.build.living.discard(self)
 
     async def shutdown(self, *, timeout: float | None = None) -> None:
         """Let the guest end everything in good order and power itself off.

@@ -45,6 +45,7 @@ from pytest_vmsandbox.machine.gateway_launcher import (
     open_walled_gateway,
 )
 from pytest_vmsandbox.machine.lifecycles import Lifecycles
+from pytest_vmsandbox.machine.living import Living
 from pytest_vmsandbox.machine.networks import Networks
 from pytest_vmsandbox.machine.nursery import Hold, WorkerNursery
 from pytest_vmsandbox.machine.pool import Pool
@@ -125,6 +126,7 @@ class Worker:
         self._lifecycles = Lifecycles(self.templates)
         self._pool = Pool(self._make_ahead, turn=partial(take_turn, settings.cache_dir))
         self._made: list[MachineSpec] = []
+        self._living = Living()
 
     @property
     def facts(self) -> HostFacts:
@@ -153,7 +155,8 @@ class Worker:
     @property
     def incidents(self) -> Sequence[str]:
         """What went wrong and was made good, for the summary."""
-        return (*self._wardens.lost, *self.networks.lost, *self._lifecycles.incidents)
+        lost = (*self._wardens.lost, *self.networks.lost)
+        return (*lost, *self._lifecycles.incidents, *self._living.incidents)
 
     async def make(
         self, specs: Sequence[MachineSpec], *, hold: Hold = lambda _: None
@@ -236,7 +239,7 @@ class Worker:
             return self._images[wanted]
 
     def close(self) -> None:
-        """Give everything back: wardens end, the engine stops, the run directory goes.
+        """Give everything back: machines and wardens end, the engine stops, the run directory goes.
 
         Raises TeardownRefused when something had to be left, which is then in `leftovers`.
         """
@@ -250,9 +253,9 @@ class Worker:
 
     async def _end_all(self) -> None:
         async with AsyncExitStack() as ending:  # from the last to the first, come what may
-            ending.push_async_callback(self._wardens.close)  # which kills what still runs
-            ending.push_async_callback(self.networks.close)
-            ending.push_async_callback(self._pool.close)
+            # The wardens kill what still runs.
+            for each in (self._wardens, self.networks, self._living, self._pool):
+                ending.push_async_callback(each.close)
 
     @asynccontextmanager
     async def _open_switch(self, tier: Tier, wish: str) -> AsyncIterator[SwitchLine]:
@@ -421,6 +424,7 @@ class Worker:
             disks=disks,
             clock=spec.clock,
             wires=wires,
+            living=self._living,
         )
 
     async def _launcher(self, tier: Tier) -> Launcher:

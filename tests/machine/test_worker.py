@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
+import sys
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -98,6 +101,47 @@ async def test_three_machines_answer_side_by_side(async_vm_factory: AsyncMachine
     answers = await asyncio.gather(*(machine.run("cat /etc/machine-id") for machine in machines))
 
     assert len({answer.stdout for answer in answers}) == 3
+
+
+CLOSES_WITH_MACHINES_ON = """
+import sys
+from pathlib import Path
+from pytest_vmsandbox.machine.spec import MachineSpec
+from pytest_vmsandbox.machine.worker import Worker, WorkerSettings
+
+cache, run, tier = sys.argv[1:]
+worker = Worker(WorkerSettings(cache_dir=Path(cache), run_dir=Path(run), pool=False))
+specs = [MachineSpec(tier=tier), MachineSpec(tier=tier, network="lan")]
+machines = worker.engine.run(worker.make(specs))
+worker.engine.run(worker.boot(machines))
+twins = worker.engine.run(machines[1].fork(2))
+worker.close()
+assert not list(worker.incidents), worker.incidents
+assert {machine._running for machine in (*machines, *twins)} == {None}
+assert not list(Path(run).iterdir())
+"""
+
+
+@pytest.mark.machine
+@pytest.mark.parametrize("walls", ["walled", "bare"])
+def test_a_worker_that_closes_ends_the_machines_that_are_on_without_a_word(
+    worker: Worker, walls: str, tmp_path: Path
+) -> None:
+    tier = "bare" if walls == "bare" else worker.facts.tier
+    if walls == "walled" and tier == "bare":
+        pytest.skip(f"no walls here: {worker.facts.tier_reason}")
+    with tempfile.TemporaryDirectory(prefix="vmsb-") as run:  # a short path
+        argv = [str(worker.settings.cache_dir), f"{run}/run", str(tier)]
+        done = subprocess.run(
+            [sys.executable, "-c", CLOSES_WITH_MACHINES_ON, *argv],
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+            cwd=tmp_path,
+        )
+
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 @pytest.mark.machine
