@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
+from pytest_vmsandbox.errors import HostUnfit
 from pytest_vmsandbox.host.facts import Tier
 from pytest_vmsandbox.lease.entries import ProcessEntry, Role
 from pytest_vmsandbox.lease.run_directory import RunDirectory
@@ -51,6 +52,20 @@ class Wardens:
         words = warden.last_words or "it said nothing"
         self.lost.append(f"the warden of tier {tier} died and was replaced: {words}")
         await stack.aclose()
+
+
+def accel_behind_walls(accel: str, warden: Warden, *, may_be_emulated: bool) -> str:
+    """The acceleration for a VMM that runs as the warden's user, who may have less than we."""
+    if accel != "kvm" or warden.greeting.kvm:
+        return accel
+    if may_be_emulated:
+        return "tcg"
+    raise HostUnfit(
+        "VMS-KVM-DENIED",
+        "KVM for the VMM's own user",
+        f"uid {warden.greeting.uid}, as which VMMs run in this tier, may not open /dev/kvm",
+        "vmsandbox setup (a udev rule), or --vm-tier=bare",
+    )
 
 
 @asynccontextmanager

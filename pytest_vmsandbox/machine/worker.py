@@ -16,7 +16,7 @@ from functools import cached_property, partial
 from itertools import count
 from pathlib import Path
 
-from pytest_vmsandbox.errors import HostUnfit, RequestInvalid
+from pytest_vmsandbox.errors import RequestInvalid
 from pytest_vmsandbox.guest.compiler import agent_binary
 from pytest_vmsandbox.host.facts import Capability, HostFacts, Tier, Verdict
 from pytest_vmsandbox.host.survey import probe_host, settle_kvm
@@ -57,7 +57,7 @@ from pytest_vmsandbox.machine.templates.layer import Template
 from pytest_vmsandbox.machine.templates.templates import Templates
 from pytest_vmsandbox.machine.turn import take_turn
 from pytest_vmsandbox.machine.warden_launcher import WardenLauncher
-from pytest_vmsandbox.machine.wardens import Wardens
+from pytest_vmsandbox.machine.wardens import Wardens, accel_behind_walls
 from pytest_vmsandbox.machine.wires import LooseWires, PluggedWires
 from pytest_vmsandbox.network.client import SwitchLine
 from pytest_vmsandbox.network.topology import NAT
@@ -389,7 +389,7 @@ class Worker:
         accel = await self._accel(spec.accel, image)
         if tier is not Tier.BARE:
             may_be_emulated = spec.accel == "auto" and Capability.KVM not in self.settings.required
-            accel = _accel_behind_walls(
+            accel = accel_behind_walls(
                 accel, await self._warden(tier), may_be_emulated=may_be_emulated
             )
         launcher = await self._launcher(tier)
@@ -487,17 +487,3 @@ class Worker:
             progress=self._progress,
             host_kernel=self.settings.host_kernel,
         )
-
-
-def _accel_behind_walls(accel: str, warden: Warden, *, may_be_emulated: bool) -> str:
-    """The acceleration for a VMM that runs as the warden's user, who may have less than we."""
-    if accel != "kvm" or warden.greeting.kvm:
-        return accel
-    if may_be_emulated:
-        return "tcg"
-    raise HostUnfit(
-        "VMS-KVM-DENIED",
-        "KVM for the VMM's own user",
-        f"uid {warden.greeting.uid}, as which VMMs run in this tier, may not open /dev/kvm",
-        "vmsandbox setup (a udev rule), or --vm-tier=bare",
-    )
