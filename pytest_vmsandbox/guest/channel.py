@@ -10,10 +10,10 @@ import asyncio
 import os
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from ipaddress import IPv4Address, IPv4Interface, IPv6Address, IPv6Interface
+from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 
 from pytest_vmsandbox.deadline import Deadline
@@ -27,6 +27,7 @@ from pytest_vmsandbox.guest.frames import (
     ProtocolViolated,
     encode_frame,
 )
+from pytest_vmsandbox.guest.furnishing import Interface, encode_addresses
 from pytest_vmsandbox.guest.heartbeat import Heartbeat
 from pytest_vmsandbox.guest.job import Job
 from pytest_vmsandbox.guest.line import Line
@@ -38,7 +39,6 @@ from pytest_vmsandbox.guest.messages import (
     Identity,
     Power,
     TransferKind,
-    encode_addresses,
     encode_connect,
     encode_exec,
     encode_hello,
@@ -259,21 +259,14 @@ class Channel:
         """Copy a file or tree of the guest to the host (see files.pull)."""
         await files.pull(self, source, target, limit_bytes=limit_bytes)
 
-    async def set_addresses(
-        self,
-        interface: str,
-        addresses: Sequence[IPv4Interface | IPv6Interface],
-        *,
-        gateways: Sequence[IPv4Address | IPv6Address] = (),
-    ) -> None:
-        """Give `interface` these addresses instead of those it has, and bring it up.
+    async def set_addresses(self, interface: Interface) -> None:
+        """Give it its addresses instead of those it has, and bring it up.
 
         It can carry then, if it has a carrier. Without any address it is down in the end, and is
         up at once when it has one.
-        The default routes go by way of `gateways`, at most one of IPv4 and one of IPv6.
         """
-        more = encode_addresses(addresses, gateways)
-        await files.perform(self, TransferKind.ADDRESSES, path=interface, more=more)
+        more = encode_addresses(interface)
+        await files.perform(self, TransferKind.ADDRESSES, path=interface.name, more=more)
 
     async def sync(self) -> None:
         """Write everything to the guest's disks (sync(2)); returns when that has finished."""

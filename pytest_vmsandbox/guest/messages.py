@@ -8,9 +8,10 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum, IntFlag
-from ipaddress import IPv4Address, IPv4Interface, IPv6Address, IPv6Interface
+from ipaddress import IPv4Address, IPv6Address
 
 from pytest_vmsandbox.guest.frames import PAYLOAD_MAX, FrameType, ProtocolViolated, encode_frame
+from pytest_vmsandbox.guest.furnishing import NOTHING, Furnishing, encode_furnishing
 from pytest_vmsandbox.guest.payload import PayloadReader, encode_text
 
 PROTOCOL_VERSION = 3
@@ -83,7 +84,8 @@ class Hello:
     """Who answered: facts that the agent states about itself and its machine.
 
     `sessions` counts the hosts that have introduced themselves since the agent started. `refusal`
-    says which part of the identity that we wished for it could not take, and why.
+    says which part of the identity that we wished for it could not take, and why; `furnished`
+    whether it has all of the furnishing that came with it.
     """
 
     protocol: int
@@ -97,6 +99,7 @@ class Hello:
     hostname: str = ""
     restore_id: str = ""
     refusal: OSError | None = None
+    furnished: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +108,7 @@ class Identity:
 
     `machine_id` is 32 hexadecimal digits (machine-id(5)), `unix_ns` the time in nanoseconds since
     1970, and up to 512 bytes of `entropy` go into the kernel's random pool, which is then reseeded.
+    The `furnishing` is no part of it, and may be refused.
     """
 
     restore_id: str = ""
@@ -112,6 +116,7 @@ class Identity:
     machine_id: str = ""
     unix_ns: int = 0
     entropy: bytes = b""
+    furnishing: Furnishing = NOTHING
 
 
 def encode_hello(token: bytes, *, keep_processes: bool, identity: Identity) -> bytes:
@@ -122,8 +127,9 @@ def encode_hello(token: bytes, *, keep_processes: bool, identity: Identity) -> b
         encode_text(identity.restore_id),
         encode_text(identity.hostname),
         encode_text(identity.machine_id),
-        struct.pack("<Q", identity.unix_ns),
+        struct.pack("<QI", identity.unix_ns, len(identity.entropy)),
         identity.entropy,
+        encode_furnishing(identity.furnishing),
     )
     return encode_frame(FrameType.HELLO, id_=0, payload=b"".join(parts))
 
@@ -146,6 +152,7 @@ def parse_welcome(payload: memoryview) -> tuple[bytes, Hello]:
         hostname=fields.text(at_most=65),
         restore_id=fields.text(at_most=64),
         refusal=_parse_refusal(fields),
+        furnished=bool(fields.u32()),
     )
     fields.end()
     return token, hello
@@ -220,19 +227,6 @@ def encode_transfer(  # noqa: PLR0913 - the fields of one message
             more,
         )
     )
-
-
-def encode_addresses(
-    addresses: Sequence[IPv4Interface | IPv6Interface],
-    gateways: Sequence[IPv4Address | IPv6Address],
-) -> bytes:
-    """The part of an ADDRESSES transfer behind the interface's name."""
-    parts = [bytes((len(addresses),))]
-    for address in addresses:
-        packed = address.ip.packed
-        parts.append(bytes((len(packed),)) + packed + bytes((address.network.prefixlen,)))
-    parts += [bytes((len(gateway.packed),)) + gateway.packed for gateway in gateways]
-    return b"".join(parts)
 
 
 def encode_connect(address: IPv4Address | IPv6Address, port: int, *, window: int) -> bytes:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pytest_vmsandbox.guest.channel import Channel
+from pytest_vmsandbox.guest.furnishing import Furnishing
 from pytest_vmsandbox.guest.messages import Identity
 from pytest_vmsandbox.machine.frozen import Frozen
 from pytest_vmsandbox.machine.log_tail import read_log_tail
@@ -31,9 +32,10 @@ class PowerOn:
     that is waited for may be silent for `silence_s`. With `frozen` it is restored, not booted; its
     `nonce` is then that of the boot that was frozen. It gets a machine-id and a host name of its
     own, unless it `is_itself`: the very machine that was captured. With the `clock` "frozen" its
-    time goes on from the instant at which it was frozen, with "host" it is the host's. `furnish`
-    tells a guest, whenever it has been met, what it must know beside its identity: its addresses;
-    `unplug` lets whoever is connected to it know that it has failed, and will not answer.
+    time goes on from the instant at which it was frozen, with "host" it is the host's.
+    `plan_furnishing` gives what one that is restored is told together with its identity: its
+    addresses; `furnish` tells a guest, whenever it has been met, what of that it has not been told
+    yet; `unplug` lets whoever is connected to it know that it has failed, and will not answer.
     """
 
     id: str
@@ -44,6 +46,7 @@ class PowerOn:
     boot_s: float
     stall_s: float
     silence_s: float
+    plan_furnishing: Callable[[], Furnishing]
     furnish: Callable[[Channel], Coroutine[Any, Any, None]]
     unplug: Callable[[], Coroutine[Any, Any, None]]
     frozen: Frozen | None = None
@@ -76,15 +79,17 @@ class PowerOn:
     def new_identity(self) -> Identity:
         """What a restored machine shares with no other (docs/templates.md); made anew each time."""
         entropy, now = os.urandom(_SEED_BYTES), self._clock_ns()
+        furnishing = self.plan_furnishing()
         if self.is_itself:
             again = f"{self.id}-{secrets.token_hex(8)}"
-            return Identity(restore_id=again, unix_ns=now, entropy=entropy)
+            return Identity(restore_id=again, unix_ns=now, entropy=entropy, furnishing=furnishing)
         return Identity(
             restore_id=self.id,
             hostname=self.config.name,
             machine_id=secrets.token_hex(16),
             unix_ns=now,
             entropy=entropy,
+            furnishing=furnishing,
         )
 
     def same_identity_now(self) -> Identity:

@@ -190,6 +190,9 @@ class Power(MachineCore):
                 frozen=frozen,
                 is_itself=self._is_itself,
                 clock=self.build.clock,
+                plan_furnishing=(
+                    wires.plan_resumption if self._is_itself else wires.plan_furnishing
+                ),
                 furnish=wires.resume if self._is_itself else wires.furnish,
                 unplug=wires.unplug,
             )

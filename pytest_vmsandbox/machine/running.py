@@ -257,6 +257,7 @@ class Running:
             # QEMU takes them in this order, and we need not wait for each answer.
             await asyncio.gather(
                 self.keep_memory_out(deadline=deadline),
+                self._announce_nobody(deadline=deadline),
                 self.qmp.send_file("state", state, deadline=deadline),
                 self.qmp.execute("migrate-incoming", {"uri": "fd:state"}, deadline=deadline),
             )
@@ -300,6 +301,13 @@ class Running:
         await self.qmp.execute(
             "migrate-set-capabilities", {"capabilities": capabilities}, deadline=deadline
         )
+
+    async def _announce_nobody(self, *, deadline: Deadline) -> None:
+        """Have QEMU not say on a network that a guest has moved there: it has not."""
+        if self.order.config.cards:
+            await self.qmp.execute(
+                "migrate-set-parameters", {"announce-rounds": 0}, deadline=deadline
+            )
 
     async def connect(self, *, deadline: Deadline) -> None:
         """Connect console, control line and agent, each to the VMM that we started and no other."""

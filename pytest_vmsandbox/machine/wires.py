@@ -5,19 +5,27 @@ from __future__ import annotations
 import asyncio
 import errno
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from pytest_vmsandbox.errors import NetworkFailed, VmSandboxError
 from pytest_vmsandbox.guest.channel import Channel
+from pytest_vmsandbox.guest.furnishing import (
+    FURNISHING_MAX,
+    NOTHING,
+    Furnishing,
+    Interface,
+    Lines,
+    encode_furnishing,
+)
 from pytest_vmsandbox.guest.messages import ExecRequest
 from pytest_vmsandbox.jail.off_loop import to_its_end
 from pytest_vmsandbox.linux import OwnedFd
 from pytest_vmsandbox.machine.settings_file import read_settings, write_settings
 from pytest_vmsandbox.network.addresses import Address, placeholder_mac
-from pytest_vmsandbox.network.hosts import PATH, render_hosts
+from pytest_vmsandbox.network.hosts import PATH, render_block, render_hosts
 from pytest_vmsandbox.network.topology import NAT
 from pytest_vmsandbox.network.way_out import RESOLV_CONF, WayOut, render_resolv_conf
 from pytest_vmsandbox.network.wire_kind import WireKind
@@ -60,6 +68,12 @@ class Wires(Protocol):
 
     async def unplug(self) -> None:
         """Let nothing pass any more, and end the host's connections to it; safe to repeat."""
+
+    def plan_furnishing(self) -> Furnishing:
+        """What `furnish` need not tell any more where the guest takes it with its identity."""
+
+    def plan_resumption(self) -> Furnishing:
+        """The same for `resume`."""
 
     async def furnish(self, channel: Channel) -> None:
         """Tell the guest, which has just been met, all that it must know of its cards."""
@@ -112,6 +126,14 @@ class LooseWires:
     async def unplug(self) -> None:
         """Part of Wires."""
 
+    def plan_furnishing(self) -> Furnishing:
+        """Part of Wires."""
+        return NOTHING
+
+    def plan_resumption(self) -> Furnishing:
+        """Part of Wires."""
+        return NOTHING
+
     async def furnish(self, channel: Channel) -> None:
         """Part of Wires: the cards are ready when a machine out of the template wants them."""
         if not self.networks:  # of those that are only spare nobody wants any
@@ -119,7 +141,7 @@ class LooseWires:
         await load_driver(channel)
         for card in self.cards:
             with suppress(OSError):  # its guest has no driver: who wants the card is told
-                await channel.set_addresses(card.mac, ())
+                await channel.set_addresses(Interface(name=card.mac))
 
     async def resume(self, channel: Channel) -> None:
         """Part of Wires."""
@@ -212,6 +234,7 @@ class PluggedWires:
         self._switch = switch
         self._channel: Channel | None = None
         self._known: dict[str, Address] = {}  # whom the guest knows by name
+        self._planned: dict[str, Address] = {}  # whom it knows if it takes what was planned
         self._writing = asyncio.Lock()
         self._time_scale = time_scale
         self._paused = False
@@ -259,6 +282,44 @@ class PluggedWires:
                     await self._switch.unplug(network, self.machine, self.addresses[network])
                 self._plugged.pop()
 
+    def plan_furnishing(self) -> Furnishing:
+        """Part of Wires."""
+        resolvers = [
+            Lines(path=str(RESOLV_CONF), text=render_resolv_conf(way_out.resolvers), are_all=True)
+            for way_out in self._ways_out()
+        ]
+        return self._plan(interfaces=tuple(self._interfaces()), files=resolvers)
+
+    def plan_resumption(self) -> Furnishing:
+        """Part of Wires."""
+        return self._plan()
+
+    def _plan(
+        self, *, interfaces: Sequence[Interface] = (), files: Sequence[Lines] = ()
+    ) -> Furnishing:
+        """These, and the names of all who are on the same networks now, if it is on any."""
+        self._planned = self._members()
+        if not self._planned:
+            return NOTHING
+        names = Lines(path=PATH, text=render_block(self._planned))
+        furnishing = Furnishing(interfaces=interfaces, files=(*files, names))
+        return furnishing if len(encode_furnishing(furnishing)) <= FURNISHING_MAX else NOTHING
+
+    def _interfaces(self) -> Iterator[Interface]:
+        """The cards, each with all that its guest is to have of it."""
+        for former, (network, address) in zip(self._former, self.addresses.items(), strict=True):
+            way_out = self._switch.way_out(network)
+            yield Interface(
+                name=f"{former},{address.mac}",
+                addresses=(address.ipv4, address.ipv6),
+                gateways=way_out.gateways if way_out else (),
+            )
+
+    def _ways_out(self) -> Iterator[WayOut]:
+        for network in self.addresses:
+            if (way_out := self._switch.way_out(network)) is not None:
+                yield way_out
+
     async def furnish(self, channel: Channel) -> None:
         """Part of Wires: addresses, ways out, and the names of all who are on the same networks.
 
@@ -266,16 +327,16 @@ class PluggedWires:
         Neighbours that run are told of this one.
         """
         self._channel, self._known = None, {}
-        for former, (network, address) in zip(self._former, self.addresses.items(), strict=True):
-            way_out = self._switch.way_out(network)
-            await self._give_address(channel, former, address, way_out)
-            if way_out is not None:
+        if not channel.hello.furnished:
+            for interface in self._interfaces():
+                await self._give_address(channel, interface)
+            for way_out in self._ways_out():
                 await self._give_resolvers(channel, way_out)
         await self.resume(channel)
 
     async def resume(self, channel: Channel) -> None:
         """Part of Wires."""
-        self._channel, self._known = channel, {}
+        self._channel, self._known = channel, self._planned if channel.hello.furnished else {}
         try:
             await self.introduce()
         except TimeoutError:
@@ -354,22 +415,17 @@ class PluggedWires:
                     found.setdefault(name, address)
         return found
 
-    async def _give_address(
-        self, channel: Channel, former: str, address: Address, way_out: WayOut | None
-    ) -> None:
-        card = f"{former},{address.mac}"
-        wanted = (address.ipv4, address.ipv6)
-        gateways = way_out.gateways if way_out else ()
+    async def _give_address(self, channel: Channel, interface: Interface) -> None:
         try:
-            await channel.set_addresses(card, wanted, gateways=gateways)
+            await channel.set_addresses(interface)
         except OSError as error:
             if error.errno != errno.ENODEV:
-                raise self._failed(address, error) from error
+                raise self._failed(interface, error) from error
             await load_driver(channel)
             try:
-                await channel.set_addresses(card, wanted, gateways=gateways)
+                await channel.set_addresses(interface)
             except OSError as again:
-                raise self._failed(address, again) from again
+                raise self._failed(interface, again) from again
 
     async def _give_resolvers(self, channel: Channel, way_out: WayOut) -> None:
         text = render_resolv_conf(way_out.resolvers)
@@ -378,10 +434,11 @@ class PluggedWires:
         except OSError as error:
             raise NetworkFailed(f"{self.machine} can't be told its resolver: {error}") from error
 
-    def _failed(self, address: Address, error: OSError) -> NetworkFailed:
+    def _failed(self, interface: Interface, error: OSError) -> NetworkFailed:
+        address = interface.addresses[0].ip
+        _, _, mac = interface.name.partition(",")
         return NetworkFailed(
-            f"{self.machine} can't be given the address {address.ip} on its card {address.mac}: "
-            f"{error}"
+            f"{self.machine} can't be given the address {address} on its card {mac}: {error}"
         )
 
 

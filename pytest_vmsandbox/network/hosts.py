@@ -18,11 +18,14 @@ def render_hosts(text: str, members: Mapping[str, Address]) -> str:
     _, _, after = rest.partition(f"{_END}\n")
     if before and not before.endswith("\n"):
         before += "\n"
-    if not members:
-        return before + after
+    return before + render_block(members) + after if members else before + after
+
+
+def render_block(members: Mapping[str, Address]) -> str:
+    """Our lines alone, with these machines in them."""
     lines = "".join(
         f"{address} {name}\n"
         for name, known in members.items()
         for address in (known.ip, known.ip6)
     )
-    return f"{before}{_BEGIN}\n{lines}{_END}\n{after}"
+    return f"{_BEGIN}\n{lines}{_END}\n"

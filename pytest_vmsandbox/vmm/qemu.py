@@ -195,7 +195,9 @@ def _render_card(name: str, card: Card, *, bus: str) -> Iterator[str]:
         raise RequestInvalid(f"{name} is not plugged in")
     kind = "tap" if card.tap else "socket"
     yield from ("-netdev", f"{kind},id=wire-{name},fd={Path(str(card.wire)).name}")
-    yield from ("-device", f"virtio-net-{bus},id={name},netdev=wire-{name},mac={card.mac}{rom}")
+    # A guest that is restored would say where it is by the addresses of the one that was frozen.
+    card_is = f"netdev=wire-{name},mac={card.mac},guest_announce=off{rom}"
+    yield from ("-device", f"virtio-net-{bus},id={name},{card_is}")
 
 
 def _cpu(config: QemuConfig) -> str:

@@ -45,7 +45,7 @@ def welcome(
 ) -> bytes:
     texts = ("1", "n", "boot", "6.1", "x86_64", hostname, restore_id)
     payload = token + struct.pack("<III", protocol, 1, 1) + b"".join(map(encode_text, texts))
-    payload += u32(refused) + encode_text("hostname" if refused else "")
+    payload += u32(refused) + encode_text("hostname" if refused else "") + u32(0)
     return frame(FrameType.WELCOME, payload, id_=0)
 
 

@@ -19,6 +19,7 @@ import pytest_asyncio
 from pytest_vmsandbox.deadline import Deadline
 from pytest_vmsandbox.errors import ChannelLost
 from pytest_vmsandbox.guest.channel import Channel
+from pytest_vmsandbox.guest.furnishing import Furnishing, Interface, Lines
 from pytest_vmsandbox.guest.messages import ExecRequest, Identity, encode_hello
 
 pytestmark = pytest.mark.asyncio
@@ -52,7 +53,7 @@ async def test_an_agent_that_does_not_own_its_machine_changes_nothing_of_it(
 ) -> None:
     before = platform.node(), Path("/etc/machine-id").exists()
     for change in (
-        channel.set_addresses("lo", []),
+        channel.set_addresses(Interface(name="lo")),
         channel.poweroff(),
         channel.reboot(),
     ):
@@ -141,12 +142,11 @@ async def test_the_same_host_asking_again_changes_nothing_again(
 
 async def test_addresses_replace_those_that_were_there(own_machine: Channel) -> None:
     await output_of(own_machine, "ip", "link", "add", "eth0", "type", "bridge")
-    await own_machine.set_addresses(
-        "eth0", [ip_interface("10.9.8.7/24"), ip_interface("10.9.8.8/24")]
-    )
+    former = (ip_interface("10.9.8.7/24"), ip_interface("10.9.8.8/24"))
+    await own_machine.set_addresses(Interface(name="eth0", addresses=former))
     wanted = [ip_interface("10.1.2.3/16"), ip_interface("fd00::5/64")]
     ways = [ip_address("10.1.0.1"), ip_address("fd00::1")]
-    await own_machine.set_addresses("eth0", wanted, gateways=ways)
+    await own_machine.set_addresses(Interface(name="eth0", addresses=wanted, gateways=ways))
     shown = await output_of(
         own_machine, "ip", "-brief", "address", "show", "eth0", "scope", "global"
     )
@@ -155,7 +155,7 @@ async def test_addresses_replace_those_that_were_there(own_machine: Channel) -> 
     assert "default via 10.1.0.1 dev eth0" in await output_of(own_machine, "ip", "route")
     assert "default via fd00::1 dev eth0" in await output_of(own_machine, "ip", "-6", "route")
     with pytest.raises(OSError, match="no-such"):
-        await own_machine.set_addresses("no-such", wanted)
+        await own_machine.set_addresses(Interface(name="no-such", addresses=wanted))
 
 
 async def test_an_interface_is_up_with_addresses_and_down_without_any(
@@ -164,10 +164,11 @@ async def test_an_interface_is_up_with_addresses_and_down_without_any(
     made = ("ip", "link", "add", "eth0", "type", "veth", "peer", "name", "eth1")
     assert await output_of(own_machine, *made) == ""
     assert await output_of(own_machine, "ip", "link", "set", "eth1", "up") == ""
+    address = [ip_interface("10.1.2.3/16")]
 
-    await own_machine.set_addresses("eth0", [ip_interface("10.1.2.3/16")])
+    await own_machine.set_addresses(Interface(name="eth0", addresses=address))
     up = await output_of(own_machine, "ip", "-brief", "address", "show", "eth0")
-    await own_machine.set_addresses("eth0", [])
+    await own_machine.set_addresses(Interface(name="eth0"))
     down = await output_of(own_machine, "ip", "-brief", "address", "show", "eth0")
 
     assert up.split()[1:3] == ["UP", "10.1.2.3/16"]
@@ -185,15 +186,128 @@ async def test_a_card_is_found_by_its_ethernet_address_and_given_another(
     address = [ip_interface("10.1.2.3/16")]
 
     for card in (f"{old},{new}", f"{old},{new}", new):
-        await own_machine.set_addresses(card, address)
+        await own_machine.set_addresses(Interface(name=card, addresses=address))
         shown = await output_of(own_machine, "ip", "-brief", "link", "show", "eth1")
         assert shown.split()[2] == new
     assert "10.1.2.3/16" in await output_of(own_machine, "ip", "address", "show", "eth1")
     assert other in await output_of(own_machine, "ip", "link", "show", "eth0")
     for nobody in (old, f"{old},02:00:00:00:00:09", f"{old},", "02:zz:00:00:00:01"):
         with pytest.raises(OSError, match=nobody[:5]) as caught:
-            await own_machine.set_addresses(nobody, address)
+            await own_machine.set_addresses(Interface(name=nobody, addresses=address))
         assert caught.value.errno == errno.ENODEV
+
+
+async def test_a_card_far_behind_others_is_found(own_machine: Channel) -> None:
+    made = "for n in $(seq 40); do ip link add br$n type bridge; done"
+    assert await output_of(own_machine, "sh", "-c", made) == ""
+    old, new = "02:00:00:00:00:01", "02:00:00:00:00:02"
+    await output_of(own_machine, "ip", "link", "set", "br40", "address", old)
+
+    for card in (f"{old},{new}", f"{old},{new}", new):
+        await own_machine.set_addresses(Interface(name=card))
+        shown = await output_of(own_machine, "ip", "-brief", "link", "show", "br40")
+        assert shown.split()[2] == new
+
+
+ETH0 = Interface(
+    name="02:00:00:00:00:01,02:00:00:00:00:02",
+    addresses=(ip_interface("10.1.2.3/16"), ip_interface("fd00::5/64")),
+    gateways=(ip_address("10.1.0.1"),),
+)
+NAMES = Lines(path="/etc/hosts", text="# ours\n10.1.2.3 a\n# end\n")
+
+
+async def make_card(machine: Channel) -> None:
+    made = ("ip", "link", "add", "eth0", "address", "02:00:00:00:00:01", "type", "bridge")
+    assert await output_of(machine, *made) == ""
+
+
+async def test_what_comes_with_the_identity_is_there_once_it_is_answered(
+    own_machine: Channel, tmp_path: Path
+) -> None:
+    await make_card(own_machine)
+    resolvers = Lines(path="/etc/resolv.conf", text="nameserver 10.1.0.1\n", are_all=True)
+    (tmp_path / "etc" / "hosts").write_text("127.0.0.1 localhost")
+    (tmp_path / "etc" / "resolv.conf").write_text("nameserver 127.0.0.1\n" * 5)
+
+    furnishing = Furnishing(interfaces=(ETH0,), files=(resolvers, NAMES))
+    await become(own_machine, Identity(hostname="one", furnishing=furnishing))
+
+    assert own_machine.hello.furnished
+    assert (tmp_path / "etc" / "hosts").read_text() == f"127.0.0.1 localhost\n{NAMES.text}"
+    assert (tmp_path / "etc" / "resolv.conf").read_text() == resolvers.text
+    show = "ip -brief address show eth0 scope global"
+    shown = await output_of(own_machine, *show.split())
+    assert shown.split()[2:] == ["10.1.2.3/16", "fd00::5/64"]
+    assert "02:00:00:00:00:02" in await output_of(own_machine, "ip", "link", "show", "eth0")
+    assert "default via 10.1.0.1" in await output_of(own_machine, "ip", "route")
+    await become(own_machine, Identity(hostname="one"))
+    assert not own_machine.hello.furnished
+
+
+@pytest.mark.parametrize(
+    ("there", "becomes"),
+    [
+        ("", NAMES.text),
+        ("mine\n", "mine\n" + NAMES.text),
+        ("mine\n# ours\n10.9.9.9 somebody\n# end\nmine too\n", f"mine\n{NAMES.text}mine too\n"),
+        ("mine\n# ours\ncut off", "mine\n" + NAMES.text),
+        (NAMES.text + "x" * 30_000, NAMES.text + "x" * 30_000),
+    ],
+)
+async def test_a_block_of_lines_replaces_the_former_one_alone(
+    own_machine: Channel, tmp_path: Path, there: str, becomes: str
+) -> None:
+    hosts = tmp_path / "etc" / "hosts"
+    hosts.write_text(there)
+    hosts.chmod(0o600)
+
+    await become(own_machine, Identity(furnishing=Furnishing(files=(NAMES,))))
+
+    assert own_machine.hello.furnished
+    assert hosts.read_text() == becomes
+    assert hosts.stat().st_mode & 0o7777 == 0o644
+
+
+async def test_a_file_that_was_not_there_is_made(own_machine: Channel, tmp_path: Path) -> None:
+    await become(own_machine, Identity(furnishing=Furnishing(files=(NAMES,))))
+
+    assert own_machine.hello.furnished
+    assert (tmp_path / "etc" / "hosts").read_text() == NAMES.text
+
+
+async def test_what_can_not_be_had_leaves_the_identity_as_it_was_asked_for(
+    own_machine: Channel, tmp_path: Path
+) -> None:
+    await make_card(own_machine)
+    nobody = Interface(name="02:00:00:00:00:08,02:00:00:00:00:09")
+    other = Lines(path="/etc/other", text=NAMES.text)
+    for number, furnishing in enumerate(
+        (
+            Furnishing(interfaces=(nobody, ETH0)),
+            Furnishing(files=(Lines(path="/dev/zero", text=NAMES.text), other)),
+            Furnishing(files=(Lines(path="/etc", text=NAMES.text), other)),
+            Furnishing(files=(Lines(path="/no/such/file", text=NAMES.text), other)),
+            Furnishing(files=(Lines(path="/etc/hosts", text=""), other)),
+        )
+    ):
+        await become(own_machine, Identity(hostname=f"name-{number}", furnishing=furnishing))
+
+        assert not own_machine.hello.furnished
+        assert own_machine.hello.hostname == f"name-{number}"
+    assert not (tmp_path / "etc" / "other").exists()
+    assert "10.1.2.3" not in await output_of(own_machine, "ip", "address", "show", "eth0")
+
+
+async def test_an_agent_that_does_not_own_its_machine_furnishes_nothing(
+    channel: Channel, tmp_path: Path
+) -> None:
+    path = tmp_path / "hosts"
+    lines = Lines(path=str(path), text=NAMES.text)
+    await become(channel, Identity(furnishing=Furnishing(files=(lines,))))
+
+    assert not channel.hello.furnished
+    assert not path.exists()
 
 
 @pytest.mark.parametrize("how", ["poweroff", "reboot"])

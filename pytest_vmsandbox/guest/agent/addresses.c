@@ -1,9 +1,10 @@
 /*
- * An interface's addresses, over rtnetlink (runs in a child): what was there goes, what is asked for
- * comes, the interface goes up (and down again where it has no address: it is ready then), and a
- * default route is set where a gateway is named.
+ * An interface's addresses, over rtnetlink: what was there goes, what is asked for comes, the
+ * interface goes up (and down again where it has no address: it is ready then), and a default route
+ * is set where a gateway is named.
  *
  * An interface is named, or found by its Ethernet address: a guest may call its cards as it likes.
+ * What went wrong first is kept in `trouble`, and nothing is asked of the kernel after it.
  */
 #include "agent.h"
 
@@ -22,8 +23,11 @@ enum { MAC_SIZE = 6, MAC_TEXT = 17 };
 /* <linux/if.h>, which does not go with <net/if.h>: there is a carrier. */
 enum { LOWER_UP = 0x10000 };
 
-/* A carrier is taken note of within a second (net/core/link_watch.c). */
-enum { READY_TRIES = 400, READY_INTERVAL_US = 5000 };
+/* A carrier is taken note of within a second (net/core/link_watch.c), mostly at once. */
+enum { PATIENT_TRIES = 2000, TRIES = 20, READY_INTERVAL_US = 1000 };
+
+/* Nearly every card is among the first so many; to ask for all of them costs more. */
+enum { NEAR = 32 };
 
 struct message {
     struct nlmsghdr header;
@@ -37,6 +41,13 @@ struct message {
 
 static int netlink;
 static const char *device;
+static struct refusal trouble;
+
+static void trouble_is(int error)
+{
+    if (!trouble.error)
+        trouble = (struct refusal){error, device};
+}
 
 static void prepare(struct message *m, int type, int flags, size_t body)
 {
@@ -62,10 +73,12 @@ static void ask(struct message *m, int tolerated)
         struct nlmsgerr error;
         unsigned char more[512];
     } answer;
+    if (trouble.error)
+        return;
     if (send(netlink, m, m->header.nlmsg_len, 0) < 0 || recv(netlink, &answer, sizeof answer, 0) < 0)
-        transfer_fail(errno, device);
-    if (answer.header.nlmsg_type == NLMSG_ERROR && answer.error.error && -answer.error.error != tolerated)
-        transfer_fail(-answer.error.error, device);
+        trouble_is(errno);
+    else if (answer.header.nlmsg_type == NLMSG_ERROR && answer.error.error && -answer.error.error != tolerated)
+        trouble_is(-answer.error.error);
 }
 
 /* Link-local IPv6 stays: the kernel made it, and neighbour discovery needs it. */
@@ -75,12 +88,13 @@ static size_t collect(unsigned int index, struct message *found, size_t room)
     struct message m;
     size_t count = 0;
     prepare(&m, RTM_GETADDR, NLM_F_DUMP, sizeof m.body.address);
-    if (send(netlink, &m, m.header.nlmsg_len, 0) < 0)
-        transfer_fail(errno, device);
+    bool asked = !trouble.error && send(netlink, &m, m.header.nlmsg_len, 0) >= 0;
     for (;;) {
-        ssize_t got = recv(netlink, dump, sizeof dump, 0);
-        if (got < 0)
-            transfer_fail(errno, device);
+        ssize_t got = asked ? recv(netlink, dump, sizeof dump, 0) : -1;
+        if (got < 0) {
+            trouble_is(errno);
+            return 0;
+        }
         size_t left = (size_t)got;
         for (struct nlmsghdr *h = (void *)dump; NLMSG_OK(h, left); h = NLMSG_NEXT(h, left)) {
             if (h->nlmsg_type == NLMSG_DONE || h->nlmsg_type == NLMSG_ERROR)
@@ -107,11 +121,11 @@ static void remove_addresses(unsigned int index)
         ask(&found[i], EADDRNOTAVAIL); /* a secondary address goes with its primary */
 }
 
-/* 4 or 16 bytes; 0 where there is none. */
+/* 4 or 16 bytes. */
 static size_t read_address(struct reader *r, unsigned char bytes[16])
 {
     uint8_t length = read_u8(r);
-    if (length != 0 && length != 4 && length != 16)
+    if (length != 4 && length != 16)
         r->bad = true;
     for (uint8_t i = 0; !r->bad && i < length; i++)
         bytes[i] = read_u8(r);
@@ -149,21 +163,25 @@ static unsigned int flags_of(unsigned int index)
     prepare(&m, RTM_GETLINK, 0, sizeof m.body.link);
     m.header.nlmsg_flags = NLM_F_REQUEST; /* the answer is answer enough */
     m.body.link.ifi_index = (int)index;
+    if (trouble.error)
+        return 0;
     if (send(netlink, &m, m.header.nlmsg_len, 0) < 0 || recv(netlink, answer, sizeof answer, 0) < 0)
-        transfer_fail(errno, device);
-    if (header->nlmsg_type != RTM_NEWLINK)
-        transfer_fail(EPROTO, device);
-    return ((struct ifinfomsg *)NLMSG_DATA(header))->ifi_flags;
+        trouble_is(errno);
+    else if (header->nlmsg_type != RTM_NEWLINK)
+        trouble_is(EPROTO);
+    return trouble.error ? 0 : ((struct ifinfomsg *)NLMSG_DATA(header))->ifi_flags;
 }
 
 /* Until then nothing can be sent by IPv6; one that has no carrier is not waited for. */
-static void wait_ready(unsigned int index)
+static void wait_ready(unsigned int index, bool patiently)
 {
-    for (int left = READY_TRIES; left > 0; left--) {
+    for (int left = patiently ? PATIENT_TRIES : TRIES; left > 0; left--) {
         if ((flags_of(index) & (LOWER_UP | IFF_RUNNING)) != LOWER_UP)
             return;
         usleep(READY_INTERVAL_US);
     }
+    if (!patiently)
+        trouble_is(EAGAIN);
 }
 
 static void add_default_route(unsigned int index, const unsigned char *gateway, size_t length)
@@ -191,22 +209,30 @@ static bool read_mac(const char *text, unsigned char mac[MAC_SIZE])
     return true;
 }
 
-/* 0 where no Ethernet card has it. */
-static unsigned int index_of(const unsigned char mac[MAC_SIZE])
+/* Any socket will do (netdevice(7)). */
+static bool has_mac(unsigned int index, const unsigned char mac[MAC_SIZE])
+{
+    struct ifreq request = {.ifr_ifindex = (int)index};
+    return ioctl(netlink, SIOCGIFNAME, &request) == 0 && ioctl(netlink, SIOCGIFHWADDR, &request) == 0 &&
+           request.ifr_hwaddr.sa_family == ARPHRD_ETHER && memcmp(request.ifr_hwaddr.sa_data, mac, MAC_SIZE) == 0;
+}
+
+static unsigned int near_index_of(const unsigned char mac[MAC_SIZE])
+{
+    for (unsigned int index = 1; index <= NEAR; index++)
+        if (has_mac(index, mac))
+            return index;
+    return 0;
+}
+
+static unsigned int far_index_of(const unsigned char mac[MAC_SIZE])
 {
     unsigned int found = 0;
-    int fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
     struct if_nameindex *all = if_nameindex();
-    for (struct if_nameindex *one = all; fd >= 0 && one && one->if_index && !found; one++) {
-        struct ifreq request = {0};
-        snprintf(request.ifr_name, sizeof request.ifr_name, "%s", one->if_name);
-        if (ioctl(fd, SIOCGIFHWADDR, &request) == 0 && request.ifr_hwaddr.sa_family == ARPHRD_ETHER &&
-            memcmp(request.ifr_hwaddr.sa_data, mac, MAC_SIZE) == 0)
+    for (struct if_nameindex *one = all; one && one->if_index && !found; one++)
+        if (one->if_index > NEAR && has_mac(one->if_index, mac))
             found = one->if_index;
-    }
     if_freenameindex(all);
-    if (fd >= 0)
-        close(fd);
     return found;
 }
 
@@ -225,42 +251,62 @@ static unsigned int find_interface(const char *interface)
     unsigned char old[MAC_SIZE], new[MAC_SIZE];
     if (!read_mac(interface, old))
         return if_nametoindex(interface);
-    if (interface[MAC_TEXT] != ',')
-        return index_of(old);
-    unsigned int index = read_mac(interface + MAC_TEXT + 1, new) ? index_of(new) : 0;
-    if (index == 0 && (index = index_of(old)) != 0)
-        set_mac(index, new);
-    return index;
+    bool both = interface[MAC_TEXT] == ',';
+    if (both && !read_mac(interface + MAC_TEXT + 1, new))
+        return 0;
+    unsigned int index = both ? near_index_of(new) : 0, former = index ? 0 : near_index_of(old);
+    if (!index && !former && both)
+        index = far_index_of(new);
+    if (!index && !former)
+        former = far_index_of(old);
+    if (former && both)
+        set_mac(former, new);
+    return index ? index : former;
 }
 
-/* After the interface's name: u8 count, then as often (address, u8 prefix length); then the gateways. */
-void machine_set_addresses(const char *interface, struct reader *r)
+static void change(unsigned int index, struct reader *r, bool patiently)
 {
-    unsigned char bytes[16], gateway[16];
-    device = interface;
-    netlink = socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, NETLINK_ROUTE);
-    if (netlink < 0)
-        transfer_fail(errno, interface);
-    unsigned int index = find_interface(interface);
-    if (index == 0)
-        transfer_fail(ENODEV, interface);
+    unsigned char bytes[16];
     remove_addresses(index);
-    bool some = r->at < r->end && *r->at;
-    for (uint8_t left = read_u8(r); left > 0 && !r->bad; left--) {
+    uint8_t addresses = read_u8(r);
+    for (uint8_t left = addresses; left > 0 && !r->bad; left--) {
         size_t length = read_address(r, bytes);
         uint8_t prefix = read_u8(r);
-        if (r->bad || length == 0)
-            transfer_fail(EINVAL, interface);
-        add_address(index, bytes, length, prefix);
+        if (!r->bad)
+            add_address(index, bytes, length, prefix);
     }
     raise_or_lower(index, IFF_UP);
-    wait_ready(index);
-    if (!some)
+    wait_ready(index, patiently);
+    if (addresses == 0)
         raise_or_lower(index, 0);
-    device = "a default route";
-    while (r->at < r->end && !r->bad) {
-        size_t length = read_address(r, gateway);
+    for (uint8_t left = read_u8(r); left > 0 && !r->bad; left--) {
+        size_t length = read_address(r, bytes);
+        device = "a default route";
         if (length)
-            add_default_route(index, gateway, length);
+            add_default_route(index, bytes, length);
     }
+    if (r->bad)
+        trouble_is(EINVAL);
+}
+
+/*
+ * What follows the interface's name: u8 count, then as often (address, u8 prefix length); u8 count,
+ * then as often a gateway. Its carrier is waited for `patiently`, by a child, or for a moment: EAGAIN.
+ */
+struct refusal machine_set_addresses(const char *interface, struct reader *r, bool patiently)
+{
+    trouble = (struct refusal){0, ""};
+    device = interface;
+    netlink = socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, NETLINK_ROUTE);
+    if (netlink < 0) {
+        trouble_is(errno);
+        return trouble;
+    }
+    unsigned int index = find_interface(interface);
+    if (index)
+        change(index, r, patiently);
+    else
+        trouble_is(ENODEV);
+    close(netlink);
+    return trouble;
 }

@@ -3,7 +3,8 @@
  *
  * Read in this order: frame.c (the line), job.c (commands and their streams), launch.c (how a command
  * starts), connection.c (ports), transfer.c (files and trees), machine.c (what pid 1 and a restore
- * need), addresses.c (network cards), main.c (the loop).
+ * need), addresses.c (network cards), settings.c (what else a restored machine is given), main.c (the
+ * loop).
  * The protocol is described in docs/protocol.md.
  *
  * Rule of the house: the loop never waits. Whatever can block on a file system runs in a child.
@@ -229,7 +230,10 @@ void machine_power(enum power how);
 int machine_power_step(void);
 
 /* addresses.c */
-void machine_set_addresses(const char *interface, struct reader *r);
+struct refusal machine_set_addresses(const char *interface, struct reader *r, bool patiently);
+
+/* settings.c */
+bool machine_furnish(struct reader *r);
 
 void console_note(const char *what, const char *detail, int error);
 

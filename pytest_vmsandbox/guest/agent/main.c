@@ -29,6 +29,7 @@ static bool stranger_told;
 static unsigned char session_token[TOKEN_SIZE];
 static uint32_t sessions;
 static struct refusal refused; /* what the host of this session can't have */
+static bool furnished;         /* whether the machine has all that came with the identity */
 
 /* A request in several frames: MORE, MORE, ..., then the frame that says what it is. */
 static struct {
@@ -110,6 +111,8 @@ static void welcome(uint32_t id)
     at = put_text(at, facts.restore_id);
     put_u32(at, (uint32_t)refused.error);
     at = put_text(at + 4, refused.what);
+    put_u32(at, furnished);
+    at += 4;
     line_send(FRAME_WELCOME, 0, id, payload, (size_t)(at - payload));
 }
 
@@ -127,10 +130,11 @@ static void hello(struct frame *frame)
     identity.hostname = read_string(&r);
     identity.machine_id = read_string(&r);
     identity.unix_ns = read_u64(&r);
-    if (r.bad)
+    identity.entropy_length = read_u32(&r);
+    if (r.bad || identity.entropy_length > (size_t)(r.end - r.at))
         return;
     identity.entropy = r.at;
-    identity.entropy_length = (size_t)(r.end - r.at);
+    r.at += identity.entropy_length;
     if (!in_session || memcmp(session_token, token, TOKEN_SIZE) != 0) {
         jobs_end_session(flags & HELLO_KEEP);
         line_forget_output();
@@ -141,6 +145,7 @@ static void hello(struct frame *frame)
         if (*restore_id)
             snprintf(facts.restore_id, sizeof facts.restore_id, "%s", restore_id);
         refused = machine_individualize(&identity);
+        furnished = !refused.error && r.at < r.end && facts.owns_machine && machine_furnish(&r);
     }
     welcome(frame->id);
 }

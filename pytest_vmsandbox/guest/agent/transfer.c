@@ -443,6 +443,13 @@ static void tree_put(const char *path)
         put_into_place(name, path);
 }
 
+static void set_addresses(const char *interface, struct reader *r)
+{
+    struct refusal refused = machine_set_addresses(interface, r, true);
+    if (refused.error)
+        transfer_fail(refused.error, refused.what);
+}
+
 /* ---- */
 
 _Noreturn void transfer_run(unsigned char *request, size_t length)
@@ -473,7 +480,7 @@ _Noreturn void transfer_run(unsigned char *request, size_t length)
         sync();
         break;
     case TRANSFER_ADDRESSES:
-        machine_set_addresses(path, &r);
+        set_addresses(path, &r);
         break;
     default:
         transfer_fail(ENOSYS, "transfer");

@@ -12,6 +12,7 @@ from typing import Any
 
 from pytest_vmsandbox.errors import NetworkFailed
 from pytest_vmsandbox.guest.channel import Channel
+from pytest_vmsandbox.guest.furnishing import NOTHING, Furnishing, Interface
 from pytest_vmsandbox.machine.settings_file import (
     find_settings,
     remove_settings,
@@ -37,6 +38,10 @@ class LentWires(PluggedWires):
         self._resolvers: str | None = None
         self._ours: str | None = None
 
+    def plan_furnishing(self) -> Furnishing:
+        """Part of Wires: first the guest is asked what it has."""
+        return NOTHING
+
     async def furnish(self, channel: Channel) -> None:
         """Part of Wires."""
         with self._failing("can't be asked whom it knows by name"):
@@ -60,7 +65,8 @@ class LentWires(PluggedWires):
             await self._forget_names(channel)
             await self._forget_resolvers(channel)
             for at, address in enumerate(self.addresses.values()):
-                await channel.set_addresses(f"{address.mac},{placeholder_mac(at)}", ())
+                card = f"{address.mac},{placeholder_mac(at)}"
+                await channel.set_addresses(Interface(name=card))
 
     async def _forget_names(self, channel: Channel) -> None:
         if await uncover_settings(channel, HOSTS):
