@@ -6,6 +6,7 @@ controller is no error: what is limited is reported.
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
+from pytest_vmsandbox.deadline import Deadline
 from pytest_vmsandbox.linux.cgroups import own_and_above, read_own_groups
 from pytest_vmsandbox.linux.mountinfo import MountInfo, read_mountinfo
 from pytest_vmsandbox.linux.owned_fd import OwnedFd
@@ -22,10 +24,15 @@ from pytest_vmsandbox.warden.requests import Limits
 # Every group of ours is called so: the reaper removes no other.
 PREFIX = "vmsandbox-"
 
-# Of this kind are those that a warden makes to find out whether it can. One lives for some
-# milliseconds; what is this old was left by a warden that was killed meanwhile.
+# Of this kind are those that a warden makes to find out whether it can.
 _TRIAL_PREFIX = f"{PREFIX}trial-"
+
+# A group of ours is empty for some milliseconds, before it is entered and after it is left. What
+# is this old was left by a warden that was killed, and is in no ledger, or no reaper has come.
 _STALE_S = 3600.0
+
+# Whoever waits for a group to be left serves nobody meanwhile.
+_BUSY_S = 0.2
 
 # What limits a group, by controller, in the two forms: each file, and what goes into it, None for
 # the limit itself, which comes first. Without the others a VMM would be paged out instead of
@@ -107,7 +114,7 @@ def try_hierarchy(hierarchy: Hierarchy) -> Hierarchy | None:
         limited = Hierarchy(parent=hierarchy.parent, files=dict(_taken(path, hierarchy)))
         return limited if limited.files and _lets_in(path) else None
     finally:
-        _remove(path)
+        _remove([path])
 
 
 class Group:
@@ -136,9 +143,7 @@ class Group:
 
     def close(self) -> None:
         """Remove it; its processes must have ended. A group that resists stays for the reaper."""
-        for path in self.paths:
-            with suppress(OSError):
-                path.rmdir()
+        _remove(self.paths)
 
 
 def _enter(path: Path) -> None:
@@ -194,21 +199,27 @@ def _lets_in(path: Path) -> bool:
     os._exit(1)
 
 
-def _remove(path: Path) -> None:
-    """Remove it; it is busy for a moment after its last process has ended."""
-    for _ in range(100):
-        try:
-            path.rmdir()
-        except OSError:
+def _remove(paths: Iterable[Path]) -> None:
+    """Remove them; a group is busy for a moment after its last process has ended."""
+    deadline = Deadline.after(seconds=_BUSY_S)
+    for path in paths:
+        while _is_busy(path) and not deadline.passed:
             time.sleep(0.001)
-        else:
-            return
+
+
+def _is_busy(path: Path) -> bool:
+    """Remove it, unless there is somebody in it; whether there is."""
+    try:
+        path.rmdir()
+    except OSError as error:
+        return error.errno == errno.EBUSY
+    return False
 
 
 def _sweep(parent: Path) -> None:
-    """Remove what wardens left that were killed at their trial."""
-    with suppress(OSError):
-        for path in parent.glob(f"{_TRIAL_PREFIX}*"):
+    """Remove the empty groups that killed wardens left."""
+    for path in parent.glob(f"{PREFIX}*"):
+        with suppress(OSError):  # it is gone, or somebody is in it
             if time.time() - path.stat().st_mtime > _STALE_S:
                 path.rmdir()
 

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from threading import Timer
 
 import pytest
 
 from pytest_vmsandbox.linux.mountinfo import MountInfo, read_mountinfo
 from pytest_vmsandbox.warden.client import Warden
 from pytest_vmsandbox.warden.groups import (
+    Group,
     Hierarchy,
     candidates,
     find_hierarchies,
@@ -249,19 +253,73 @@ def test_a_group_of_version_2_is_tried_and_removed() -> None:
     assert not list(place.glob("vmsandbox-trial-*"))
 
 
-def test_what_a_killed_trial_left_is_swept_an_hour_later(
-    hierarchy: Hierarchy, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def apart(hierarchy: Hierarchy) -> Iterator[Hierarchy]:
+    """One in which there are no groups but the test's."""
+    parent = hierarchy.parent / f"vmsandbox-apart-{os.getpid()}"
+    parent.mkdir()
+    yield replace(hierarchy, parent=parent)
+    for left in parent.glob("vmsandbox-*"):
+        left.rmdir()
+    parent.rmdir()
+
+
+@pytest.mark.parametrize("name", ["vmsandbox-trial-left", "vmsandbox-r0123abcd-gw0-m1"])
+def test_an_empty_group_that_a_killed_warden_left_is_swept_an_hour_later(
+    name: str, apart: Hierarchy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    left = hierarchy.parent / "vmsandbox-trial-left"
-    left.mkdir()
-    try_hierarchy(hierarchy)
+    left, entered = apart.parent / name, apart.parent / "vmsandbox-entered"
+    for group in (left, entered):
+        group.mkdir()
+    try_hierarchy(apart)
     assert left.exists()  # it may be another warden's, at this moment
 
     now = time.time()
-    monkeypatch.setattr(time, "time", lambda: now + 3700)
-    try_hierarchy(hierarchy)
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as process:
+        (entered / "cgroup.procs").write_text(str(process.pid))
+        with monkeypatch.context() as later:
+            later.setattr(time, "time", lambda: now + 3700)
+            try_hierarchy(apart)
 
+        assert entered.exists()
+        process.kill()
     assert not left.exists()
+
+
+@contextmanager
+def _with_a_process(hierarchy: Hierarchy) -> Iterator[tuple[Group, subprocess.Popen[bytes]]]:
+    """A group, and a process in it that waits for its stdin."""
+    group = Group(f"test-{os.getpid()}", hierarchies=[hierarchy], limits=Limits(processes=64))
+    (path,) = group.paths
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as process:
+        try:
+            (path / "cgroup.procs").write_text(str(process.pid))
+            yield group, process
+        finally:
+            process.kill()
+    group.close()
+    assert not path.exists()
+
+
+def test_a_group_whose_last_process_is_about_to_end_is_removed(hierarchy: Hierarchy) -> None:
+    with _with_a_process(hierarchy) as (group, process):
+        (path,) = group.paths
+        Timer(0.05, process.kill).start()
+
+        group.close()
+
+        assert not path.exists()
+
+
+def test_a_group_that_is_not_left_is_not_waited_for_for_long(hierarchy: Hierarchy) -> None:
+    with _with_a_process(hierarchy) as (group, _):
+        (path,) = group.paths
+        began = time.monotonic()
+
+        group.close()
+
+        assert path.exists()
+        assert time.monotonic() - began < 10
 
 
 def test_what_makes_a_limit_whole_goes_with_it() -> None:
