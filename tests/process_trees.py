@@ -11,10 +11,11 @@ from enum import StrEnum
 from pathlib import Path
 
 from pytest_vmsandbox.linux import ProcessIdentity
+from pytest_vmsandbox.warden.bundle import BOOTSTRAP
 
 _NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "user", "uts")
 # How the program that a fresh Python gets as a warden begins.
-_WARDEN = b"import marshal, mmap, socket, sys"
+_WARDEN = BOOTSTRAP.partition("\n")[0].encode()
 
 
 class Part(StrEnum):

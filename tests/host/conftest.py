@@ -66,11 +66,15 @@ def only_stubs(stubs: Stubs, monkeypatch: pytest.MonkeyPatch) -> Stubs:
 # Folders and file systems
 
 
+def require_root_to_mount() -> None:
+    if os.getuid() != 0:
+        pytest.skip("takes root: it mounts a file system")
+
+
 @contextmanager
 def mounted(target: Path, *arguments: str | Path) -> Iterator[Path]:
     """Mount something on `target`, which is made; skip the test where mount(8) refuses."""
-    if os.getuid() != 0:
-        pytest.skip("takes root: it mounts a file system")
+    require_root_to_mount()
     target.mkdir()
     done = subprocess.run(
         ["mount", *arguments, target], capture_output=True, text=True, timeout=60, check=False
@@ -92,6 +96,7 @@ def tmpfs(scratch: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def ext4(scratch: Path) -> Iterator[Path]:
+    require_root_to_mount()
     disk = scratch / "ext4.img"
     with disk.open("wb") as file:
         file.truncate(4 << 20)

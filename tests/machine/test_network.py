@@ -374,17 +374,20 @@ def test_whoever_comes_later_is_known_by_name_and_whoever_has_left_is_forgotten(
 
 
 def test_whoever_is_paused_learns_who_came_when_it_goes_on(vm_factory: MachineFactory) -> None:
+    def make(name: str) -> float:
+        began = time.monotonic()
+        vm_factory(network="lan", name=name)
+        return time.monotonic() - began
+
     one = vm_factory(network="lan", name="one")
-    vm_factory(network="lan", name="two")
+    usual_s = make("two")
     one.pause()
-    began = time.monotonic()
-    vm_factory(network="lan", name="three")
-    took = time.monotonic() - began
+    took_s = make("three")
 
     one.resume()
     known = one.read_text("/etc/hosts")
 
-    assert took < NEIGHBOUR_S
+    assert took_s < usual_s + 0.8 * NEIGHBOUR_S
     assert "three" in known
     assert _reaches(one, "three")
 
