@@ -1,7 +1,7 @@
 /*
- * An interface's addresses, over rtnetlink: what was there goes, what is asked for comes, the
- * interface goes up (and down again where it has no address: it is ready then), and a default route
- * is set where a gateway is named.
+ * An interface's addresses: what was there goes, what is asked for comes, the interface goes up (and
+ * down again where it has no address: it is ready then), and a default route is set where a gateway is
+ * named.
  *
  * An interface is named, or found by its Ethernet address: a guest may call its cards as it likes.
  * What went wrong first is kept in `trouble`, and nothing is asked of the kernel after it.
@@ -13,6 +13,7 @@
 #include <linux/netlink.h>
 #include <linux/rtnetlink.h>
 #include <net/if.h>
+#include <sched.h>
 #include <stdio.h>
 #include <sys/ioctl.h>
 #include <sys/socket.h>
@@ -24,7 +25,7 @@ enum { MAC_SIZE = 6, MAC_TEXT = 17 };
 enum { LOWER_UP = 0x10000 };
 
 /* A carrier is taken note of within a second (net/core/link_watch.c), mostly at once. */
-enum { PATIENT_TRIES = 2000, TRIES = 20, READY_INTERVAL_US = 1000 };
+enum { YIELDS = 4, PATIENT_TRIES = 2000, TRIES = 20, READY_INTERVAL_US = 1000 };
 
 /* Nearly every card is among the first so many; to ask for all of them costs more. */
 enum { NEAR = 32 };
@@ -145,14 +146,37 @@ static void add_address(unsigned int index, const unsigned char *bytes, size_t l
     ask(&m, 0);
 }
 
-static void raise_or_lower(unsigned int index, unsigned int up)
+/*
+ * Of an interface itself by ioctl (netdevice(7)), for which any socket will do: rtnetlink is thousands
+ * of instructions more that a restored guest has never run, and its emulator must translate.
+ */
+static bool control(unsigned long request, struct ifreq *card)
 {
-    struct message m;
-    prepare(&m, RTM_NEWLINK, 0, sizeof m.body.link);
-    m.body.link.ifi_index = (int)index;
-    m.body.link.ifi_flags = up;
-    m.body.link.ifi_change = IFF_UP;
-    ask(&m, 0);
+    bool done = !trouble.error && ioctl(netlink, request, card) == 0;
+    if (!done)
+        trouble_is(errno);
+    return done;
+}
+
+static struct ifreq card_of(unsigned int index)
+{
+    struct ifreq card = {.ifr_ifindex = (int)index};
+    control(SIOCGIFNAME, &card);
+    return card;
+}
+
+static void raise_or_lower(unsigned int index, bool up)
+{
+    struct ifreq card = card_of(index);
+    control(SIOCGIFFLAGS, &card);
+    card.ifr_flags = (short)(up ? card.ifr_flags | IFF_UP : card.ifr_flags & ~IFF_UP);
+    control(SIOCSIFFLAGS, &card);
+}
+
+static bool is_running(unsigned int index)
+{
+    struct ifreq card = card_of(index);
+    return control(SIOCGIFFLAGS, &card) && card.ifr_flags & IFF_RUNNING;
 }
 
 static unsigned int flags_of(unsigned int index)
@@ -175,6 +199,11 @@ static unsigned int flags_of(unsigned int index)
 /* Until then nothing can be sent by IPv6; one that has no carrier is not waited for. */
 static void wait_ready(unsigned int index, bool patiently)
 {
+    for (int left = YIELDS; left > 0; left--) {
+        if (is_running(index))
+            return;
+        sched_yield();
+    }
     for (int left = patiently ? PATIENT_TRIES : TRIES; left > 0; left--) {
         if ((flags_of(index) & (LOWER_UP | IFF_RUNNING)) != LOWER_UP)
             return;
@@ -209,7 +238,6 @@ static bool read_mac(const char *text, unsigned char mac[MAC_SIZE])
     return true;
 }
 
-/* Any socket will do (netdevice(7)). */
 static bool has_mac(unsigned int index, const unsigned char mac[MAC_SIZE])
 {
     struct ifreq request = {.ifr_ifindex = (int)index};
@@ -238,11 +266,10 @@ static unsigned int far_index_of(const unsigned char mac[MAC_SIZE])
 
 static void set_mac(unsigned int index, const unsigned char mac[MAC_SIZE])
 {
-    struct message m;
-    prepare(&m, RTM_NEWLINK, 0, sizeof m.body.link);
-    m.body.link.ifi_index = (int)index;
-    attach(&m, IFLA_ADDRESS, mac, MAC_SIZE);
-    ask(&m, 0);
+    struct ifreq card = card_of(index);
+    card.ifr_hwaddr.sa_family = ARPHRD_ETHER;
+    memcpy(card.ifr_hwaddr.sa_data, mac, MAC_SIZE);
+    control(SIOCSIFHWADDR, &card);
 }
 
 /* By name, by Ethernet address, or as "OLD,NEW": the card that has NEW, or has OLD and gets NEW. */
@@ -275,10 +302,10 @@ static void change(unsigned int index, struct reader *r, bool patiently)
         if (!r->bad)
             add_address(index, bytes, length, prefix);
     }
-    raise_or_lower(index, IFF_UP);
+    raise_or_lower(index, true);
     wait_ready(index, patiently);
     if (addresses == 0)
-        raise_or_lower(index, 0);
+        raise_or_lower(index, false);
     for (uint8_t left = read_u8(r); left > 0 && !r->bad; left--) {
         size_t length = read_address(r, bytes);
         device = "a default route";
