@@ -428,6 +428,17 @@ async def test_the_use_right_after_a_removal_is_told_of_it(
         await line.counts(0)
 
 
+async def test_what_is_under_way_when_the_bridge_goes_is_told_of_it(
+    line: SwitchLine, cards: list[Card]
+) -> None:
+    nobody = asyncio.ensure_future(line.connect(0, "10.76.0.99", 80, timeout_s=2))
+    await asyncio.sleep(0.2)
+    inside(cards[0].tap, "ip", "link", "delete", "net0")
+
+    with pytest.raises(BridgeLost, match="the bridge on network 'lan'"):
+        await nobody
+
+
 async def test_a_machine_that_hangs_up_is_no_failure(line: SwitchLine, cards: list[Card]) -> None:
     told: list[NetworkFailed] = []
     line.told = told.append
