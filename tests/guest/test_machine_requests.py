@@ -197,6 +197,26 @@ async def test_a_card_is_found_by_its_ethernet_address_and_given_another(
         assert caught.value.errno == errno.ENODEV
 
 
+async def test_a_card_that_is_up_has_its_link_local_address_by_its_ethernet_address(
+    own_machine: Channel,
+) -> None:
+    old, new = "02:00:00:00:00:01", "02:00:00:00:00:02"
+    for made in (
+        f"ip link add eth0 address {old} type veth peer name eth1",
+        "ip link set eth1 up",
+        "ip link set eth0 up",
+        "ip address add fe80::7/64 dev eth0",
+    ):
+        assert await output_of(own_machine, *made.split()) == ""
+
+    card = Interface(name=f"{old},{new}", addresses=(ip_interface("fd00::5/64"),))
+    await own_machine.set_addresses(card)
+
+    shown = await output_of(own_machine, *["ip", "-brief", "-6", "address", "show", "eth0"])
+    wanted = {"fd00::5/64", "fe80::ff:fe00:2/64", "fe80::7/64"}
+    assert set(shown.split()[2:]) == wanted
+
+
 async def test_a_card_far_behind_others_is_found(own_machine: Channel) -> None:
     made = "for n in $(seq 40); do ip link add br$n type bridge; done"
     assert await output_of(own_machine, "sh", "-c", made) == ""

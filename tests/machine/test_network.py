@@ -582,6 +582,9 @@ def test_twins_are_machines_of_their_own_on_the_same_network(vm_factory: Machine
     assert addresses == {"10.76.0.2", "10.76.0.3", "10.76.0.4"}
     for vm in (first, *twins):
         assert vm.run("ip -o address").stdout.count("10.76.0.") == 1
+        last = int(str(vm.ip).rpartition(".")[2])
+        found = vm.run("ip -o -6 address show dev eth0 scope link").stdout
+        assert re.findall(r"fe80:[0-9a-f:]+", found) == [f"fe80::76:6dff:fe00:{last:x}"]
         for other in (first, *twins):
             assert _reaches(vm, other.ip)
             assert _reaches(vm, other.name)

@@ -19,7 +19,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-enum { MAC_SIZE = 6, MAC_TEXT = 17 };
+enum { MAC_SIZE = 6, MAC_TEXT = 17, LINK_LOCAL_PREFIX = 64 };
 
 /* <linux/if.h>, which does not go with <net/if.h>: there is a carrier. */
 enum { LOWER_UP = 0x10000 };
@@ -43,6 +43,12 @@ struct message {
 static int netlink;
 static const char *device;
 static struct refusal trouble;
+
+/* What a card that was given another Ethernet address calls itself by the former one, and by its own. */
+static struct {
+    bool differ;
+    unsigned char former[16], own[16];
+} link_local;
 
 static void trouble_is(int error)
 {
@@ -82,7 +88,28 @@ static void ask(struct message *m, int tolerated)
         trouble_is(-answer.error.error);
 }
 
-/* Link-local IPv6 stays: the kernel made it, and neighbour discovery needs it. */
+/* RFC 4291, appendix A: what the kernel makes of it. */
+static void link_local_by(const unsigned char mac[MAC_SIZE], unsigned char address[16])
+{
+    const unsigned char made[16] = {0xfe,   0x80,   0,    0,    0,      0,      0,     0,
+                                    mac[0] ^ 2, mac[1], mac[2], 0xff, 0xfe, mac[3], mac[4], mac[5]};
+    memcpy(address, made, sizeof made);
+}
+
+static bool is_former_link_local(const struct ifaddrmsg *address, size_t rest)
+{
+    if (!link_local.differ || address->ifa_family != AF_INET6)
+        return false;
+    for (struct rtattr *a = IFA_RTA(address); RTA_OK(a, rest); a = RTA_NEXT(a, rest))
+        if (a->rta_type == IFA_ADDRESS && RTA_PAYLOAD(a) == 16)
+            return memcmp(RTA_DATA(a), link_local.former, 16) == 0;
+    return false;
+}
+
+/*
+ * A link-local address stays: the kernel made it, and neighbour discovery needs it. But for one by an
+ * Ethernet address that the card has no more: a twin's.
+ */
 static size_t collect(unsigned int index, struct message *found, size_t room)
 {
     static unsigned char dump[65536];
@@ -101,7 +128,8 @@ static size_t collect(unsigned int index, struct message *found, size_t room)
             if (h->nlmsg_type == NLMSG_DONE || h->nlmsg_type == NLMSG_ERROR)
                 return count;
             struct ifaddrmsg *address = NLMSG_DATA(h);
-            if (address->ifa_index != index || address->ifa_scope == RT_SCOPE_LINK || count == room)
+            bool stays = address->ifa_scope == RT_SCOPE_LINK && !is_former_link_local(address, IFA_PAYLOAD(h));
+            if (address->ifa_index != index || stays || count == room)
                 continue;
             prepare(&found[count], RTM_DELADDR, 0, sizeof *address);
             found[count].body.address = *address;
@@ -112,14 +140,6 @@ static size_t collect(unsigned int index, struct message *found, size_t room)
             count++;
         }
     }
-}
-
-static void remove_addresses(unsigned int index)
-{
-    static struct message found[64];
-    size_t count = collect(index, found, sizeof found / sizeof *found);
-    for (size_t i = 0; i < count; i++)
-        ask(&found[i], EADDRNOTAVAIL); /* a secondary address goes with its primary */
 }
 
 /* 4 or 16 bytes. */
@@ -144,6 +164,18 @@ static void add_address(unsigned int index, const unsigned char *bytes, size_t l
     attach(&m, IFA_LOCAL, bytes, length);
     attach(&m, IFA_ADDRESS, bytes, length);
     ask(&m, 0);
+}
+
+/* The kernel makes a link-local address when an interface goes up, and none for one that is up. */
+static void remove_addresses(unsigned int index)
+{
+    static struct message found[64];
+    size_t count = collect(index, found, sizeof found / sizeof *found);
+    for (size_t i = 0; i < count; i++) {
+        ask(&found[i], EADDRNOTAVAIL); /* a secondary address goes with its primary */
+        if (found[i].body.address.ifa_scope == RT_SCOPE_LINK)
+            add_address(index, link_local.own, sizeof link_local.own, LINK_LOCAL_PREFIX);
+    }
 }
 
 /*
@@ -286,8 +318,12 @@ static unsigned int find_interface(const char *interface)
         index = far_index_of(new);
     if (!index && !former)
         former = far_index_of(old);
-    if (former && both)
+    link_local.differ = former && both;
+    if (link_local.differ) {
+        link_local_by(old, link_local.former);
+        link_local_by(new, link_local.own);
         set_mac(former, new);
+    }
     return index ? index : former;
 }
 
@@ -323,6 +359,7 @@ static void change(unsigned int index, struct reader *r, bool patiently)
 struct refusal machine_set_addresses(const char *interface, struct reader *r, bool patiently)
 {
     trouble = (struct refusal){0, ""};
+    link_local.differ = false;
     device = interface;
     netlink = socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, NETLINK_ROUTE);
     if (netlink < 0) {
