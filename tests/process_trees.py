@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pytest_vmsandbox.linux import ProcessIdentity
 from pytest_vmsandbox.warden.bundle import BOOTSTRAP
+from tests.children import children
 
 _NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "user", "uts")
 # How the program that a fresh Python gets as a warden begins.
@@ -107,10 +108,15 @@ def namespaces_of(process: Path) -> frozenset[str]:
     return frozenset(found)
 
 
-def living_namespaces() -> frozenset[str]:
-    """All that any process is in, or that are mounted somewhere, as far as we may know."""
-    mounted = re.findall(r"\w+:\[\d+\]", all_mounts())
-    return frozenset(mounted).union(*map(namespaces_of, Path("/proc").glob("[0-9]*")))
+def living_namespaces(*, but: Container[int] = ()) -> frozenset[str]:
+    """All that are mounted here, or that a process below us is in, but for those of some children.
+
+    Not that of any process: the kernel gives the number of a namespace that has gone to the next
+    one, whoever makes that. What a run has left is below us, since we adopt orphans.
+    """
+    mounted = re.findall(r"\w+:\[\d+\]", Path("/proc/self/mountinfo").read_text())
+    left = [member for pid in children() if pid not in but for member in members_of(pid)]
+    return frozenset(mounted).union(*(member.namespaces for member in left))
 
 
 def all_mounts() -> str:

@@ -128,6 +128,7 @@ class Scene:
         self.root = path / "root"
         self.root.mkdir()
         self._starting = threading.Lock()
+        self._started: list[subprocess.Popen[bytes]] = []
 
     def start(self, name: str, source: str, *arguments: str) -> subprocess.Popen[bytes]:
         """A pytest on `source`, in a directory called `name`."""
@@ -140,7 +141,7 @@ class Scene:
             "\n".join(line.removeprefix("    ") for line in source.splitlines())
         )
         with (place / "log").open("wb") as log, self._starting:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments],
                 cwd=place,
                 env={**os.environ, "VMSANDBOX_RUN_DIR": str(self.base)},
@@ -148,6 +149,13 @@ class Scene:
                 stdout=log,
                 stderr=log,
             )
+            self._started.append(process)
+            return process
+
+    def running(self) -> frozenset[int]:
+        """The pids of those runs that have not ended."""
+        with self._starting:
+            return frozenset(run.pid for run in self._started if run.returncode is None)
 
     def log(self, name: str) -> str:
         return (self.path / name / "log").read_text(errors="replace")[-3000:]
@@ -320,7 +328,7 @@ def _betrayed(scene: Scene, trace: Trace) -> list[str]:
     """What is left of a run."""
     own = namespaces_of(Path("/proc/self"))
     left = [f"{m.part}, pid {m.pid}" for m in trace.members if not m.is_gone()]
-    left += sorted((trace.namespaces - own) & living_namespaces())
+    left += sorted((trace.namespaces - own) & living_namespaces(but=scene.running()))
     mounts = all_mounts()
     for run in trace.runs:
         left += [f"mount of {run}"] if run in mounts else []
