@@ -3,6 +3,7 @@
 # The real thing is looked at with plain calls: a test's loop has nothing else to do meanwhile.
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import platform
@@ -19,7 +20,8 @@ import pytest_asyncio
 from pytest_vmsandbox.deadline import Deadline
 from pytest_vmsandbox.errors import ChannelLost
 from pytest_vmsandbox.guest.channel import Channel
-from pytest_vmsandbox.guest.furnishing import Furnishing, Interface, Lines
+from pytest_vmsandbox.guest.frames import HEADER_SIZE, TRAILER_SIZE, FrameType, encode_frame
+from pytest_vmsandbox.guest.furnishing import Furnishing, Interface, Lines, encode_furnishing
 from pytest_vmsandbox.guest.messages import ExecRequest, Identity, encode_hello
 
 pytestmark = pytest.mark.asyncio
@@ -317,6 +319,23 @@ async def test_what_can_not_be_had_leaves_the_identity_as_it_was_asked_for(
         assert own_machine.hello.hostname == f"name-{number}"
     assert not (tmp_path / "etc" / "other").exists()
     assert "10.1.2.3" not in await output_of(own_machine, "ip", "address", "show", "eth0")
+
+
+async def test_what_is_cut_off_anywhere_is_not_had(own_machine: Channel, tmp_path: Path) -> None:
+    await make_card(own_machine)
+    furnishing = Furnishing(interfaces=(ETH0,), files=(NAMES,))
+    rest = len(encode_furnishing(furnishing))
+    for left in range(rest):
+        token = os.urandom(16)
+        whole = encode_hello(token, keep_processes=True, identity=Identity(furnishing=furnishing))
+        payload = whole[HEADER_SIZE : -rest - TRAILER_SIZE + left]
+        own_machine._token, own_machine._welcome = token, None
+        own_machine._line.send(encode_frame(FrameType.HELLO, id_=0, payload=payload))
+        async with asyncio.timeout(20):
+            answer = await own_machine._wait_welcome()
+
+        assert not answer.furnished, left
+    assert not (tmp_path / "etc" / "hosts").exists()
 
 
 async def test_an_agent_that_does_not_own_its_machine_furnishes_nothing(
