@@ -263,7 +263,8 @@ class Channel:
         """Give it its addresses instead of those it has, and bring it up.
 
         It can carry then, if it has a carrier. Without any address it is down in the end, and is
-        up at once when it has one.
+        up at once when it has one; connections from the addresses that it had have been ended, as
+        far as the guest's kernel can.
         """
         more = encode_addresses(interface)
         await files.perform(self, TransferKind.ADDRESSES, path=interface.name, more=more)

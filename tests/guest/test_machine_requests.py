@@ -8,6 +8,7 @@ import errno
 import os
 import platform
 import socket
+import sys
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -23,6 +24,7 @@ from pytest_vmsandbox.guest.channel import Channel
 from pytest_vmsandbox.guest.frames import HEADER_SIZE, TRAILER_SIZE, FrameType, encode_frame
 from pytest_vmsandbox.guest.furnishing import Furnishing, Interface, Lines, encode_furnishing
 from pytest_vmsandbox.guest.messages import ExecRequest, Identity, encode_hello
+from tests.people import CHECKOUT
 
 pytestmark = pytest.mark.asyncio
 
@@ -176,6 +178,41 @@ async def test_an_interface_is_up_with_addresses_and_down_without_any(
     assert up.split()[1:3] == ["UP", "10.1.2.3/16"]
     assert down.split()[1] == "DOWN"
     assert "10.1.2.3" not in down
+
+
+async def test_what_addresses_leave_in_the_kernel_goes_with_the_last_of_them(
+    own_machine: Channel,
+) -> None:
+    made = ("ip", "link", "add", "eth0", "type", "veth", "peer", "name", "eth1")
+    for argv in (made, *(("ip", "link", "set", name, "up") for name in ("lo", "eth1"))):
+        assert await output_of(own_machine, *argv) == ""
+    addresses = [ip_interface("10.1.2.3/16"), ip_interface("fd00::5/64")]
+    await own_machine.set_addresses(Interface(name="eth0", addresses=addresses))
+    env = {"PYTHONPATH": os.pathsep.join((str(CHECKOUT), *filter(None, sys.path)))}
+    argv = [sys.executable, "-m", "tests.guest.connections"]
+    process = await own_machine.spawn(ExecRequest(argv=argv, env=env, stdin=True))
+    assert process.stdin is not None
+    assert await process.stdout.readline() == b"over: \n"
+
+    await own_machine.set_addresses(Interface(name="eth0", addresses=addresses))
+    await process.stdin.write(b"\n")
+    replaced = await process.stdout.readline()
+    learned = await output_of(own_machine, "ip", "tcp_metrics")
+    waiting = await output_of(own_machine, "ss", "--no-header", "-tan", "state", "time-wait")
+    await own_machine.set_addresses(Interface(name="eth0"))
+    await process.stdin.write(b"\n")
+    gone = await process.stdout.readline()
+    left = await output_of(own_machine, "ss", "--no-header", "-tuan")
+
+    assert replaced == b"over: \n"
+    assert "10.1.2.3" in learned
+    assert len(waiting.splitlines()) == 2
+    assert gone == b"over: v4, v6, mapped, datagrams v4, datagrams v6\n"
+    assert left
+    assert all("127.0.0.1" in line for line in left.splitlines())
+    assert await output_of(own_machine, "ip", "tcp_metrics") == ""
+    await process.stdin.close()
+    assert await process.wait() == 0
 
 
 async def test_a_card_is_found_by_its_ethernet_address_and_given_another(

@@ -1,7 +1,7 @@
 /*
  * An interface's addresses: what was there goes, what is asked for comes, the interface goes up (and
- * down again where it has no address: it is ready then), and a default route is set where a gateway is
- * named.
+ * down again where it has no address: it is ready then, and its connections are over), and a default
+ * route is set where a gateway is named.
  *
  * An interface is named, or found by its Ethernet address: a guest may call its cards as it likes.
  * What went wrong first is kept in `trouble`, and nothing is asked of the kernel after it.
@@ -166,11 +166,27 @@ static void add_address(unsigned int index, const unsigned char *bytes, size_t l
     ask(&m, 0);
 }
 
+/* What they leave goes before them: a connection that ends says so to its peer. */
+static void remove_remains(struct message *found, size_t count)
+{
+    for (size_t i = 0; i < count; i++) {
+        struct rtattr *a = (void *)((unsigned char *)&found[i] + NLMSG_LENGTH(sizeof found[i].body.address));
+        size_t left = found[i].header.nlmsg_len - NLMSG_LENGTH(sizeof found[i].body.address);
+        for (; RTA_OK(a, left); a = RTA_NEXT(a, left)) /* IPv4's IFA_ADDRESS may be a peer's */
+            if (a->rta_type == IFA_LOCAL || found[i].body.address.ifa_family == AF_INET6)
+                remains_end_connections(RTA_DATA(a), RTA_PAYLOAD(a));
+    }
+    if (count > 0)
+        remains_forget_peers();
+}
+
 /* The kernel makes a link-local address when an interface goes up, and none for one that is up. */
-static void remove_addresses(unsigned int index)
+static void remove_addresses(unsigned int index, bool for_good)
 {
     static struct message found[64];
     size_t count = collect(index, found, sizeof found / sizeof *found);
+    if (for_good)
+        remove_remains(found, count);
     for (size_t i = 0; i < count; i++) {
         ask(&found[i], EADDRNOTAVAIL); /* a secondary address goes with its primary */
         if (found[i].body.address.ifa_scope == RT_SCOPE_LINK)
@@ -330,8 +346,8 @@ static unsigned int find_interface(const char *interface)
 static void change(unsigned int index, struct reader *r, bool patiently)
 {
     unsigned char bytes[16];
-    remove_addresses(index);
     uint8_t addresses = read_u8(r);
+    remove_addresses(index, addresses == 0);
     for (uint8_t left = addresses; left > 0 && !r->bad; left--) {
         size_t length = read_address(r, bytes);
         uint8_t prefix = read_u8(r);

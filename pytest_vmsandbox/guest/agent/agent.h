@@ -235,6 +235,10 @@ struct refusal machine_set_addresses(const char *interface, struct reader *r, bo
 /* settings.c */
 bool machine_furnish(struct reader *r);
 
+/* remains.c */
+void remains_end_connections(const unsigned char *address, size_t length);
+void remains_forget_peers(void);
+
 void console_note(const char *what, const char *detail, int error);
 
 #endif

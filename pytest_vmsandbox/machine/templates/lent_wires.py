@@ -60,10 +60,16 @@ class LentWires(PluggedWires):
         """
         self._channel = None
         self._stop_retrying()
-        await self.unplug()
-        with self._failing("can't be made to forget its way out"):
-            await self._forget_names(channel)
-            await self._forget_resolvers(channel)
+        try:
+            with self._failing("can't be made to forget its way out"):
+                await self._forget_names(channel)
+                await self._forget_resolvers(channel)
+                for address in self.addresses.values():  # its peers are told
+                    await channel.set_addresses(Interface(name=address.mac))
+        finally:
+            await self.unplug()
+        with self._failing("can't be made to forget what its card was called"):
+            # What the card has heard since is taken from it now, and is for nobody.
             for at, address in enumerate(self.addresses.values()):
                 card = f"{address.mac},{placeholder_mac(at)}"
                 await channel.set_addresses(Interface(name=card))

@@ -37,13 +37,21 @@ def state_of(vm: Machine) -> str:
 
 
 def by_way_of_nat(vm: Machine) -> None:
-    """Have all the state that a guest gets, a neighbour and a connection that failed included."""
+    """Have all the state that a guest gets, a neighbour and connections included."""
     assert vm.ip == "10.76.255.2"
     assert OURS in vm.read_text("/etc/resolv.conf")
     assert "10.76.255.2 template\n" in vm.read_text("/etc/hosts")
     assert "default via 10.76.255.254" in vm.run("ip route").stdout
     vm.run("nc -w 1 10.76.255.254 9")
     assert "lladdr" in vm.run("ip neigh").stdout
+    # One that goes on, and one that is over, which Linux remembers for a minute.
+    for port, stays_s in ((7, 1000), (8, 0)):
+        vm.popen(f"sleep {stays_s} | nc -l -p {port}")
+        vm.wait_for_port(port)
+        vm.popen(f"sleep {stays_s} | nc {vm.ip} {port}")
+    for port, state in ((7, "01"), (8, "06")):  # established, and TIME_WAIT
+        ours = f"cat /proc/net/tcp /proc/net/tcp6 | grep 02FF4C0A | grep :{port:04X}"
+        vm.wait_until(f"{ours} | grep ' {state} '")
     vm.write_text("/root/made", "")
 
 
