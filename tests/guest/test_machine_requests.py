@@ -189,8 +189,8 @@ async def test_what_addresses_leave_in_the_kernel_goes_with_the_last_of_them(
     addresses = [ip_interface("10.1.2.3/16"), ip_interface("fd00::5/64")]
     await own_machine.set_addresses(Interface(name="eth0", addresses=addresses))
     env = {"PYTHONPATH": os.pathsep.join((str(CHECKOUT), *filter(None, sys.path)))}
-    argv = [sys.executable, "-m", "tests.guest.connections"]
-    process = await own_machine.spawn(ExecRequest(argv=argv, env=env, stdin=True))
+    making = [sys.executable, "-m", "tests.guest.connections"]
+    process = await own_machine.spawn(ExecRequest(argv=making, env=env, stdin=True))
     assert process.stdin is not None
     assert await process.stdout.readline() == b"over: \n"
 
