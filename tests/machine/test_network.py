@@ -173,7 +173,7 @@ def test_a_forward_stays_where_it_is_through_reboots_and_power_cuts(
 
 
 def test_a_machine_without_a_network_is_reached_too(vm: Machine) -> None:
-    with pytest.raises(ConnectionRefusedError, match="port 80 of 127.0.0.1, from inside"):
+    with pytest.raises(ConnectionRefusedError, match=r"port 80 of 127.0.0.1, from inside"):
         vm.connect(80)
     vm.run(WEB, check=True)
 
