@@ -7,6 +7,7 @@ import hashlib
 import random
 import socket
 import struct
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from ipaddress import IPv4Address, IPv6Address
@@ -185,6 +186,27 @@ async def test_letting_go_of_what_has_ended_breaks_nothing(
         assert await read_all(inside) == b""
         inside.close()
         assert await asyncio.to_thread(heard, served) == b"all of it"
+
+
+async def test_letting_go_of_what_has_ended_loses_nothing_that_is_on_its_way(
+    channel: Channel, listener: socket.socket
+) -> None:
+    sent = random.Random(2).randbytes(4 << 20)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+    inside, served = await connected(channel, listener)
+
+    def read_late() -> bytes:
+        time.sleep(0.5)
+        return heard(served)
+
+    with served:
+        served.shutdown(socket.SHUT_WR)
+        assert await read_all(inside) == b""
+        reading = asyncio.create_task(asyncio.to_thread(read_late))
+        await inside.write(sent)
+        await inside.end()
+        inside.close()
+        assert hashlib.sha256(await reading).digest() == hashlib.sha256(sent).digest()
 
 
 async def test_a_stream_that_nobody_reads_holds_up_its_writer_alone(

@@ -192,6 +192,7 @@ void connection_start(uint32_t id, struct reader *r);
 bool connection_is_pending(const struct job *job);
 void connection_settle(struct job *job);
 void connection_reset(struct job *job);
+bool connection_is_ending(const struct job *job);
 bool connection_has_ended(const struct job *job);
 
 /* transfer.c: runs in a child of its own; stdin and stdout are streams, stderr takes the report */

@@ -116,6 +116,9 @@ void connection_reset(struct job *job)
     job_hang_up(job);
 }
 
+/* Whether both sides have said that no more will come; the last of what is ours may still be on its way. */
+bool connection_is_ending(const struct job *job) { return job->input_ending && job->output[0].fd < 0; }
+
 /* Whether it is over without having been told so: both directions have ended. */
 bool connection_has_ended(const struct job *job)
 {

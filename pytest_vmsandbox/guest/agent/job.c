@@ -442,7 +442,8 @@ void job_signal(uint32_t request_id, uint32_t job_id, int number, bool kill_stre
     }
     int error = ESRCH;
     if (job && job->kind == JOB_CONNECTION) {
-        connection_reset(job);
+        if (!connection_is_ending(job))
+            connection_reset(job);
         error = 0;
     } else if (job && job->kind == JOB_TRANSFER) {
         drop_input(job); /* it notices, removes what is half-made, and ends */
