@@ -209,8 +209,9 @@ def test_it(vm_factory):
 
 
 @pytest.mark.parametrize("tier", TIERS)
-def test_kill_9_on_pytest_ends_the_gateway(pytester: pytest.Pytester, tier: str) -> None:
-    file = pytester.makepyfile(VICTIM)
+def test_kill_9_on_pytest_ends_the_gateway(tmp_path: Path, tier: str) -> None:
+    file = tmp_path / "test_it.py"
+    file.write_text(VICTIM)
     argv = [
         sys.executable,
         "-m",
@@ -220,11 +221,11 @@ def test_kill_9_on_pytest_ends_the_gateway(pytester: pytest.Pytester, tier: str)
         f"--vm-tier={tier}",
         str(file),
     ]
-    told = pytester.path / "pid"
-    with (pytester.path / "log").open("wb") as log:
-        victim = subprocess.Popen(argv, cwd=pytester.path, stdout=log, stderr=log, stdin=log)
+    told = tmp_path / "pid"
+    with (tmp_path / "log").open("wb") as log:
+        victim = subprocess.Popen(argv, cwd=tmp_path, stdout=log, stderr=log, stdin=log)
         while not told.exists():
-            assert victim.poll() is None, (pytester.path / "log").read_text()
+            assert victim.poll() is None, (tmp_path / "log").read_text()
             time.sleep(0.05)
         gateway = Path("/proc", told.read_text())
         assert gateway.exists()
