@@ -18,7 +18,7 @@ _COVER = """
 set -e
 cat > "$1"
 chmod 0644 "$1"
-grep -q " $2 " /proc/self/mounts || mount --bind "$1" "$2"
+grep -qF "${1#/run} $2 " /proc/self/mountinfo || mount --bind "$1" "$2"
 """
 
 _UNCOVER = """
@@ -69,13 +69,28 @@ async def remove_settings(channel: Channel, path: str) -> None:
 
 
 async def uncover_settings(channel: Channel, path: str) -> bool:
-    """Have the file's own content again where one of ours was mounted over it; whether it was."""
-    mounts = await channel.read_file("/proc/self/mounts")
-    if f" {path} ".encode() not in mounts:
+    """Have the file's own content again where one of ours was mounted over it; whether it was.
+
+    What anybody else has mounted there stays.
+    """
+    mounts = await channel.read_file("/proc/self/mountinfo", limit=MAX_BYTES)
+    if not _is_covered(path, mounts.decode(errors="surrogateescape")):
         return False
     if not await _run(channel, _UNCOVER, path):
         raise OSError(errno.EBUSY, "what was mounted over it stays", path)
     return True
+
+
+def _is_covered(path: str, mounts: str) -> bool:
+    """Whether what is uppermost there is a file of ours (proc_pid_mountinfo(5))."""
+    _, _, name = _cover_of(path).rpartition("/")
+    mounted = (line.split(" ")[3:5] for line in mounts.splitlines())
+    there = [words[0] for words in mounted if words[1:] == [path]]
+    return bool(there) and there[-1].endswith(f"/{name}")
+
+
+def _cover_of(path: str) -> str:
+    return f"/run/vmsandbox-{PurePosixPath(path).name}"
 
 
 async def _cover(channel: Channel, path: str, data: bytes) -> bool:
@@ -84,8 +99,7 @@ async def _cover(channel: Channel, path: str, data: bytes) -> bool:
 
 async def _run(channel: Channel, script: str, path: str, data: bytes = b"") -> bool:
     """Whether that script went well."""
-    cover = f"/run/vmsandbox-{PurePosixPath(path).name}"
-    argv = ["/bin/sh", "-c", script, "sh", cover, path]
+    argv = ["/bin/sh", "-c", script, "sh", _cover_of(path), path]
     process = await channel.spawn(ExecRequest(argv=argv, stdin=True, merge_stderr=True))
     assert process.stdin is not None  # it was asked for
     try:

@@ -184,6 +184,18 @@ def test_what_a_setup_wrote_itself_stays(worker: Worker, builder: Builder) -> No
         assert "10.76.255" not in state_of(vm)
 
 
+def test_what_a_setup_mounted_itself_stays(worker: Worker, builder: Builder) -> None:
+    def setup(vm: Machine) -> None:
+        vm.write_text("/root/hosts", "192.0.2.7 mirror\n")
+        vm.run("mount --bind /root/hosts /etc/hosts", check=True)
+
+    template = builder.build(setup=setup, setup_network="nat")
+
+    with Restored(worker, template) as vm:
+        assert vm.read_text("/etc/hosts") == "192.0.2.7 mirror\n"
+        assert "10.76.255" not in state_of(vm)
+
+
 def test_one_that_boots_in_its_setup_has_its_way_out_again(
     worker: Worker, builder: Builder
 ) -> None:
