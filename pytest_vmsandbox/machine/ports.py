@@ -10,6 +10,7 @@ from collections.abc import Coroutine
 from ipaddress import IPv4Address
 from typing import Any
 
+from pytest_vmsandbox.deadline import Deadline
 from pytest_vmsandbox.errors import RequestInvalid, VmSandboxError
 from pytest_vmsandbox.guest.channel import Channel
 from pytest_vmsandbox.guest.connection import GuestConnection
@@ -128,7 +129,9 @@ class Ports(MachineCore):
                 if error.errno != errno.EOPNOTSUPP:
                     raise
         address = self.address(network).ip if wires.addresses else _INSIDE
-        return await self._relay(running.channel, address, port, timeout_s=timeout_s)
+        deadline = Deadline.after(seconds=timeout_s)
+        channel = await self._channel(deadline)
+        return await self._relay(channel, address, port, timeout_s=deadline.left_s)
 
     async def _relay(
         self, channel: Channel, address: IPv4Address, port: int, *, timeout_s: float

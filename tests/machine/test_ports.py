@@ -69,6 +69,20 @@ def test_a_connection_that_can_not_be_carried_leaves_nothing_in_the_guest(vm: Ma
     assert _netcats(vm) == before
 
 
+def test_who_connects_while_a_guest_reboots_is_answered_by_the_next_boot(vm: Machine) -> None:
+    answers = vm._controller.running._answering
+    vm.popen("reboot -f")
+    deadline = time.monotonic() + 20
+    while answers.is_set() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert not answers.is_set()
+
+    with pytest.raises(ConnectionRefusedError):
+        vm.connect(7)
+
+    assert answers.is_set()
+
+
 def _netcats(vm: Machine) -> list[str]:
     return vm.run("pidof nc").stdout.split()
 
