@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pytest_vmsandbox.linux.mountinfo import mounts_at_or_below, read_mountinfo
@@ -58,12 +58,11 @@ def _locked(path: Path) -> OwnedFd | None:
         held = OwnedFd(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC))
     except OSError:
         return None
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        there = path.lstat()
-        if there.st_uid == os.getuid() and os.path.samestat(there, os.fstat(held)):
-            return held
-    except OSError:
-        pass
+    with suppress(OSError):
+        opened = os.fstat(held)
+        if opened.st_uid == os.getuid():  # not even for a moment is another user's locked
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(path.lstat(), opened):
+                return held
     held.close()
     return None

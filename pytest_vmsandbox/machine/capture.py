@@ -35,7 +35,8 @@ _UNLIMITED = 1 << 50
 # What letting a guest go on may take when nobody waits for it any more.
 _GO_ON_S = 10.0
 _POLL_S = 0.002
-_RUNS, _STANDS, _WAS_SENT = "running", "paused", "postmigrate"
+PAUSED = "paused"
+_RUNS, _WAS_SENT = "running", "postmigrate"
 # A migration that is over, or never was (qapi/migration.json, MigrationStatus); whatever else it
 # is called, QEMU is still busy with it.
 _SETTLED = {"none", "completed", "failed", "cancelled"}
@@ -78,7 +79,7 @@ async def capture(
 
 async def is_as_it_was_sent(running: Running, deadline: Deadline) -> bool:
     """Whether it has not run since the last capture, which was of a paused machine."""
-    return await _status(running, deadline=deadline) == _WAS_SENT
+    return await status_of(running, deadline=deadline) == _WAS_SENT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,8 +172,8 @@ async def _standing_still(
     running: Running, *, deadline: Deadline, go_on_s: float
 ) -> AsyncIterator[None]:
     """The guest's processors stop for the block, and go on after it unless they stood before."""
-    was = await _status(running, deadline=deadline)
-    if was not in (_RUNS, _STANDS):
+    was = await status_of(running, deadline=deadline)
+    if was not in (_RUNS, PAUSED):
         raise RequestInvalid(
             f"{running.order.config.name} is {was}: nothing can be made of it",
             "a machine can be copied while it runs or is paused",
@@ -228,7 +229,8 @@ async def _migration(running: Running, *, deadline: Deadline) -> str:
     return "none"
 
 
-async def _status(running: Running, *, deadline: Deadline) -> str:
+async def status_of(running: Running, *, deadline: Deadline) -> str:
+    """What QEMU calls the state that its guest is in (qapi/run-state.json, RunState)."""
     match await running.qmp.execute("query-status", deadline=deadline):
         case {"status": str(status)}:
             return status

@@ -37,7 +37,7 @@ class Living:
         closing = (machine.close() for machine in machines)
         results = await asyncio.gather(*closing, return_exceptions=True)
         self.incidents += [
-            f"{machine.name} did not end in good order: {result}"
+            f"{machine.name} did not end in good order: {str(result) or type(result).__name__}"
             for machine, result in zip(machines, results, strict=True)
-            if isinstance(result, Exception)
+            if result is not None
         ]

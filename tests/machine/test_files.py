@@ -123,6 +123,18 @@ def test_a_full_disk_is_told_whenever_the_rest_comes(vm_module: Machine) -> None
     assert vm_module.run("ls -A /mnt/full").stdout == ""
 
 
+def test_a_file_that_something_is_mounted_on_is_written_to(vm: Machine) -> None:
+    vm.run("mkdir /a /b && echo beneath > /a/file && echo above > /b/file", check=True)
+    vm.run("mount --bind /b/file /a/file", check=True)
+
+    vm.write_text("/a/file", "new\n", mode=0o600)
+
+    assert vm.run("cat /a/file /b/file; ls -A /a").stdout == "new\nnew\nfile\n"
+    assert vm.run(["stat", "-c", "%a", "/b/file"]).stdout == "600\n"
+    vm.run("umount /a/file", check=True)
+    assert vm.run("cat /a/file; ls -A /a").stdout == "beneath\nfile\n"
+
+
 def test_pushing_what_is_not_there_fails_on_the_host(vm_module: Machine, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         vm_module.push(tmp_path / "missing", "/root/missing")

@@ -278,6 +278,8 @@ static void add_default_route(unsigned int index, const unsigned char *gateway, 
 static bool read_mac(const char *text, unsigned char mac[MAC_SIZE])
 {
     unsigned int parts[MAC_SIZE];
+    if (strlen(text) < MAC_TEXT)
+        return false;
     if (sscanf(text, "%2x:%2x:%2x:%2x:%2x:%2x", &parts[0], &parts[1], &parts[2], &parts[3], &parts[4], &parts[5]) !=
         MAC_SIZE)
         return false;

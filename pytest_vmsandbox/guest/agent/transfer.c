@@ -142,11 +142,10 @@ static void plan_half_made(int dir_fd, const char *name)
     snprintf(half_made.name, sizeof half_made.name, ".%.200s.vmsandbox-%d", name, (int)getpid());
 }
 
-static void put_into_place(const char *name, const char *path)
+static bool put_into_place(const char *name)
 {
-    if (renameat(half_made.dir_fd, half_made.name, half_made.dir_fd, name) < 0)
-        transfer_fail(errno, path);
-    half_made.pending = false;
+    half_made.pending = renameat(half_made.dir_fd, half_made.name, half_made.dir_fd, name) < 0;
+    return !half_made.pending;
 }
 
 static void give_owner(int fd, const char *owner, const char *path)
@@ -188,6 +187,24 @@ static void put_in_place(const char *path, uint64_t size)
         transfer_fail(errno, path);
 }
 
+/* Nor can a file that something is mounted on: what was made beside it is copied there. */
+static void copy_in_place(const char *owner, mode_t mode, const char *path)
+{
+    int from = openat(half_made.dir_fd, half_made.name, O_RDONLY | O_CLOEXEC);
+    int to = open(path, O_WRONLY | O_TRUNC | O_CLOEXEC);
+    if (from < 0 || to < 0)
+        transfer_fail(errno, path);
+    for (size_t count; (count = read_most(from, buffer, CHUNK, path)) > 0;)
+        write_all(to, buffer, count, path);
+    if (*owner)
+        give_owner(to, owner, path);
+    if (fchmod(to, mode) < 0 || close(to) < 0)
+        transfer_fail(errno, path);
+    close(from);
+    unlinkat(half_made.dir_fd, half_made.name, 0);
+    half_made.pending = false;
+}
+
 enum { MODE_KEEP = 0xFFFFFFFF };
 
 static void put(const char *asked, uint64_t size, uint32_t mode, const char *owner)
@@ -221,10 +238,13 @@ static void put(const char *asked, uint64_t size, uint32_t mode, const char *own
         (void)!fchown(fd, seen.st_uid, seen.st_gid); /* as far as we may */
     if (*owner)
         give_owner(fd, owner, asked);
-    mode_t final = mode != MODE_KEEP ? (mode_t)mode : exists ? seen.st_mode & 07777 : 0644;
-    if (fchmod(fd, final & 07777) < 0 || close(fd) < 0)
+    mode_t final = (mode != MODE_KEEP ? (mode_t)mode : exists ? seen.st_mode : 0644) & 07777;
+    if (fchmod(fd, final) < 0 || close(fd) < 0)
         transfer_fail(errno, asked);
-    put_into_place(name, asked);
+    if (!put_into_place(name) && errno == EBUSY && exists)
+        copy_in_place(owner, final, path);
+    else if (half_made.pending)
+        transfer_fail(errno, asked);
 }
 
 /* ---- tree get ---- */
@@ -439,8 +459,8 @@ static void tree_put(const char *path)
     receive_record(&end);
     if (end.kind != 'E')
         transfer_fail(EINVAL, path);
-    if (!merging)
-        put_into_place(name, path);
+    if (!merging && !put_into_place(name))
+        transfer_fail(errno, path);
 }
 
 static void set_addresses(const char *interface, struct reader *r)

@@ -36,6 +36,7 @@ from pytest_vmsandbox.machine.templates.templates import (
     freeze_for_good,
     recipe_of,
     require_made_of,
+    require_running,
     sharing,
 )
 from pytest_vmsandbox.machine.worker import Worker
@@ -198,6 +199,7 @@ class TemplateBuilder:
             undo.callback(memory.close)
             with self._machine(build, base, memory) as machine:
                 self._set_up(machine, setup)
+                run(require_running(machine))
                 run(take_back_way_out(machine, FREEZE_S))
                 frozen = run(freeze_for_good(machine, memory))
             undo.pop_all()

@@ -17,6 +17,7 @@ from pytest_vmsandbox.host.facts import Tier
 from pytest_vmsandbox.image.progress import Progress
 from pytest_vmsandbox.jail.off_loop import run_off_loop, run_stoppable
 from pytest_vmsandbox.machine.build import Build
+from pytest_vmsandbox.machine.capture import PAUSED, status_of
 from pytest_vmsandbox.machine.controller import MachineController
 from pytest_vmsandbox.machine.frozen import Frozen
 from pytest_vmsandbox.machine.memory import GuestMemory, new_memory, seal
@@ -192,6 +193,15 @@ def sharing(build: Build, memory: GuestMemory) -> Build:
     """The same, but its memory is `memory`, where it can be frozen."""
     config = replace(build.config, name=NAME, memory=Memory(memory), freezable=True)
     return replace(build, config=config)
+
+
+async def require_running(machine: MachineController) -> None:
+    """Raise RequestInvalid where it is powered off or paused: nobody answers there."""
+    deadline = Deadline.after(seconds=FREEZE_S * machine.build.time_scale)
+    if await status_of(machine.running, deadline=deadline) == PAUSED:
+        raise RequestInvalid(
+            f"{machine.name} is paused: no template can be made of it", "resume it in the setup"
+        )
 
 
 async def freeze_for_good(machine: MachineController, memory: GuestMemory) -> Frozen:

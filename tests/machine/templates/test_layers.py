@@ -244,6 +244,17 @@ def test_one_that_is_off_at_the_end_of_its_setup_can_not_be_frozen(builder: Buil
         builder.build(setup=setup, name="off")
 
 
+@pytest.mark.parametrize("wishes", [{}, {"setup_network": "nat"}], ids=["alone", "way out"])
+def test_one_that_is_paused_at_the_end_of_its_setup_can_not_be_frozen(
+    builder: Builder, wishes: dict[str, str]
+) -> None:
+    def setup(vm: Machine) -> None:
+        vm.pause()
+
+    with pytest.raises(RequestInvalid, match=r"is paused(?s:.*)resume it in the setup"):
+        builder.build(setup=setup, name=f"paused {len(wishes)}", **wishes)
+
+
 @pytest.mark.parametrize("verb", ["snapshot", "fork"])
 def test_one_that_is_prepared_can_not_be_copied(builder: Builder, verb: str) -> None:
     def setup(vm: Machine) -> None:
