@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from pytest_vmsandbox import Machine, Template, TemplateBuilder
 from pytest_vmsandbox.machine.controller import MachineController
@@ -42,6 +44,16 @@ class Restored:
 
     def __exit__(self, *_: object) -> None:
         self._worker.engine.run(self._worker.end([self._controller]))
+
+
+def require_made_once(builders: Sequence[Builder], **wishes: Any) -> None:
+    """Have all of them build the same at the same time: one makes it, the others wait for it."""
+    with ThreadPoolExecutor(len(builders)) as threads:
+        building = [threads.submit(builder.build, **wishes) for builder in builders]
+        made = {each.result().digest for each in building}
+
+    assert sum(len(builder.prepared) for builder in builders) == 1
+    assert len(made) == 1
 
 
 def names_in(cache_dir: Path) -> set[str]:

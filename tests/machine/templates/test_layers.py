@@ -5,7 +5,6 @@ from __future__ import annotations
 import secrets
 import shutil
 import struct
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from pytest_vmsandbox.machine.templates.memory_file import MEMORY, PAGES
 from pytest_vmsandbox.machine.templates.shelf import MARK, NAME
 from pytest_vmsandbox.machine.templates.template import read_manifest
 from pytest_vmsandbox.machine.worker import Worker
-from tests.machine.templates.preparing import Builder, Restored, names_in
+from tests.machine.templates.preparing import Builder, Restored, names_in, require_made_once
 
 pytestmark = pytest.mark.machine
 
@@ -172,18 +171,8 @@ def test_of_two_who_want_it_at_once_one_makes_it(new_worker: Callable[[str], Wor
         vm.write_text("/root/word", word)
 
     builders = [Builder(new_worker(name)) for name in ("one", "two")]
-    made: list[Template] = []
-    threads = [
-        threading.Thread(target=lambda one=one: made.append(one.build(setup=setup, name="twins")))
-        for one in builders
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
 
-    assert sum(len(builder.prepared) for builder in builders) == 1
-    assert len({template.digest for template in made}) == 1
+    require_made_once(builders, setup=setup, name="twins")
 
 
 def test_what_it_closes_over_its_inputs_and_its_key_make_it_another(

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from pytest_vmsandbox import Machine, NetworkFailed, RequestInvalid, Template
+from pytest_vmsandbox import Machine, NetworkFailed, RequestInvalid
 from pytest_vmsandbox.machine.spec import MachineSpec
 from pytest_vmsandbox.machine.templates.builder import Setup
 from pytest_vmsandbox.machine.templates.shelf import NAME
 from pytest_vmsandbox.machine.templates.template import read_manifest
 from pytest_vmsandbox.machine.worker import Worker
-from tests.machine.templates.preparing import Builder, Restored, names_in
+from tests.machine.templates.preparing import Builder, Restored, names_in, require_made_once
 from tests.machine.test_nat import without_a_gateway
 
 pytestmark = [pytest.mark.machine, pytest.mark.vm_requires("nat")]
@@ -240,20 +239,8 @@ def test_of_two_workers_who_want_it_at_once_one_makes_it(
     new_worker: Callable[[str], Worker],
 ) -> None:
     builders = [Builder(new_worker(name)) for name in ("one", "two")]
-    made: list[Template] = []
 
-    def build(builder: Builder) -> None:
-        template = builder.build(setup=by_way_of_nat, setup_network="nat", key="at once")
-        made.append(template)
-
-    threads = [threading.Thread(target=build, args=(builder,)) for builder in builders]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-
-    assert sum(len(builder.prepared) for builder in builders) == 1
-    assert len({template.digest for template in made}) == 1
+    require_made_once(builders, setup=by_way_of_nat, setup_network="nat", key="at once")
 
 
 def test_a_machine_that_is_called_as_it_is_and_another_setup_do_no_harm(
