@@ -28,6 +28,10 @@ class QmpSession:
 
     def __init__(self, client: QMPClient) -> None:
         self._client = client
+        # While QEMU takes a descriptor nothing else may come over the line: the thread that reads
+        # it looks at what the other one is just taking, and may crash (QEMU 7.2, tcp_chr_recv() and
+        # tcp_get_msgfds() of chardev/char-socket.c).
+        self._handing = asyncio.Lock()
 
     @property
     def version(self) -> str:
@@ -48,20 +52,35 @@ class QmpSession:
         Raises RequestInvalid when QEMU refuses it, OutcomeUnknown when the line breaks before
         the answer, TimedOut when no answer comes by the deadline.
         """
+        async with self._answered(command, arguments, deadline):
+            async with self._handing:
+                pass
+            return await self._client.execute(command, arguments)
+
+    async def send_file(self, name: str, descriptor: int, *, deadline: Deadline) -> None:
+        """Hand QEMU a descriptor, which it then knows by `name` (getfd); ours stays open.
+
+        Raises as `execute` does.
+        """
+        arguments = {"fdname": name}
+        async with self._answered("getfd", arguments, deadline), self._handing:
+            self._client.send_fd_scm(descriptor)
+            await self._client.execute("getfd", arguments)
+
+    @asynccontextmanager
+    async def _answered(
+        self, command: str, arguments: Mapping[str, object] | None, deadline: Deadline
+    ) -> AsyncIterator[None]:
+        """Have what goes wrong meanwhile raised as `execute` does."""
         try:
             async with asyncio.timeout(deadline.timeout_s):
-                return await self._client.execute(command, arguments)
+                yield
         except ExecuteError as error:
             raise RequestInvalid(f"QMP {command}: {error}", f"arguments: {arguments}") from error
         except (ExecInterruptedError, StateError, OSError, EOFError) as error:
             if isinstance(error, TimeoutError):
                 raise deadline.timed_out(f"QEMU's answer to {command}") from error
             raise OutcomeUnknown(f"QMP {command}", str(error) or "the line broke") from error
-
-    async def send_file(self, name: str, descriptor: int, *, deadline: Deadline) -> None:
-        """Hand QEMU a descriptor, which it then knows by `name` (getfd); ours stays open."""
-        self._client.send_fd_scm(descriptor)
-        await self.execute("getfd", {"fdname": name}, deadline=deadline)
 
 
 @asynccontextmanager

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import signal
 import socket
+import sys
 import tempfile
+import termios
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -97,6 +100,31 @@ async def test_a_qemu_that_does_not_answer_times_out(
         with pytest.raises(TimedOut, match="QEMU's answer to query-status"):
             await session.execute("query-status", deadline=_soon(0.2))
         os.kill(process.pid, signal.SIGCONT)
+
+
+async def test_nothing_is_sent_while_qemu_takes_a_descriptor(
+    qemu: tuple[BareProcess, socket.socket],
+) -> None:
+    process, sock = qemu
+    async with open_qmp(sock, on_event=lambda event: None, deadline=_soon()) as session:
+        os.kill(process.pid, signal.SIGSTOP)
+        with Path("/dev/null").open() as file:
+            handed = asyncio.create_task(session.send_file("file", file.fileno(), deadline=_soon()))
+            await asyncio.sleep(0.1)
+            sent = _not_read_by_the_other_side(sock)
+            asked = asyncio.create_task(session.execute("query-status", deadline=_soon()))
+            await asyncio.sleep(0.1)
+
+            assert _not_read_by_the_other_side(sock) == sent > 0
+            os.kill(process.pid, signal.SIGCONT)
+            await handed
+            assert await asked
+
+
+def _not_read_by_the_other_side(sock: socket.socket) -> int:
+    # unix(7), SIOCOUTQ, which termios calls TIOCOUTQ
+    packed = fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4))
+    return int.from_bytes(packed, sys.byteorder)
 
 
 async def test_who_greets_with_nonsense_is_refused() -> None:
