@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 import time
 from collections.abc import Callable, Coroutine
@@ -21,6 +20,7 @@ from pytest_vmsandbox.machine.memory import is_sealed
 from pytest_vmsandbox.machine.spec import MachineSpec
 from pytest_vmsandbox.machine.worker import Place, Worker
 from pytest_vmsandbox.vmm.migration_stream import StreamSplitter
+from tests.signals import send_signal
 
 pytestmark = pytest.mark.machine
 DISK0 = "/dev/disk/by-id/virtio-disk0"
@@ -122,7 +122,7 @@ def test_a_guest_that_can_not_be_let_go_on_has_failed(
     real = StreamSplitter.filled
 
     def stop(splitter: StreamSplitter, count: int) -> None:
-        os.kill(pid, signal.SIGSTOP)
+        send_signal(pid, signal.SIGSTOP)
         real(splitter, count)
 
     monkeypatch.setattr(StreamSplitter, "filled", stop)
@@ -132,7 +132,7 @@ def test_a_guest_that_can_not_be_let_go_on_has_failed(
         with pytest.raises(VmmDied, match="does not go on after it was copied"):
             vm.run(["true"])
     finally:
-        os.kill(pid, signal.SIGCONT)
+        send_signal(pid, signal.SIGCONT)
     worker.engine.run(worker.end([controller]))
 
 

@@ -20,6 +20,7 @@ from pytest_vmsandbox.host.facts import Tier
 from pytest_vmsandbox.lease.entries import ProcessEntry, Role
 from pytest_vmsandbox.lease.layout import LEDGER
 from pytest_vmsandbox.lease.ledger import read_ledger
+from pytest_vmsandbox.linux import ProcessIdentity
 from pytest_vmsandbox.machine.spec import MachineSpec
 from pytest_vmsandbox.machine.worker import Worker
 
@@ -227,12 +228,12 @@ def test_kill_9_on_pytest_ends_the_gateway(tmp_path: Path, tier: str) -> None:
         while not told.exists():
             assert victim.poll() is None, (tmp_path / "log").read_text()
             time.sleep(0.05)
-        gateway = Path("/proc", told.read_text())
-        assert gateway.exists()
+        gateway = ProcessIdentity.of(int(told.read_text()))
+        assert gateway.is_alive()
         victim.send_signal(signal.SIGKILL)
         victim.wait()
 
     until = time.monotonic() + 30
-    while gateway.exists():
+    while gateway.is_alive():
         assert time.monotonic() < until
         time.sleep(0.05)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 import time
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from pytest_vmsandbox.machine.pool import Pool
 from pytest_vmsandbox.machine.spec import MachineSpec
 from pytest_vmsandbox.machine.turn import take_turn
 from pytest_vmsandbox.machine.worker import Worker
+from tests.signals import send_signal
 
 pytestmark = pytest.mark.machine
 
@@ -284,9 +284,9 @@ def test_the_clock_is_right_in_a_machine_that_stood_still_while_it_waited(worker
     foresee(worker)
     ahead = seen_ahead(worker)
     vmm = ahead.running.process.identity.pid
-    os.kill(vmm, signal.SIGSTOP)
+    send_signal(vmm, signal.SIGSTOP)
     time.sleep(3)
-    os.kill(vmm, signal.SIGCONT)
+    send_signal(vmm, signal.SIGCONT)
     given = make(worker)
 
     assert given is ahead
@@ -302,7 +302,7 @@ def test_one_that_does_not_answer_any_more_is_not_given(worker: Worker) -> None:
     foresee(worker)
     ahead = seen_ahead(worker)
     vmm = ahead.running.process.identity
-    os.kill(vmm.pid, signal.SIGSTOP)
+    send_signal(vmm.pid, signal.SIGSTOP)
     given = make(worker)
 
     assert given is not ahead

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pytest_vmsandbox.errors import RequestInvalid
@@ -246,6 +246,7 @@ def test_paths_are_compared_by_whole_components() -> None:
     assert not is_at_or_below("/data", "/data/x")
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])  # of a busy host, not of ours
 @given(st.dictionaries(st.sampled_from(sorted(PARAMETERS)), st.none() | st.text() | st.integers()))
 def test_whatever_is_given_is_read_or_refused(given_values: dict[str, Any]) -> None:
     try:
