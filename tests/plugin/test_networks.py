@@ -10,6 +10,7 @@ import pytest
 
 from tests.homes import WORLD, Home, NetworkNamespace
 from tests.network_state import Notices, read_state
+from tests.people import CHECKOUT
 
 Run = Callable[..., pytest.RunResult]
 
@@ -63,19 +64,22 @@ TWO_WORKERS = """
 
 
 def test_what_broke_a_network_is_named_in_the_report_and_in_the_summary(run_pytest: Run) -> None:
-    source = """
-        import os, signal
+    source = f"""
+        import signal, sys
         from pytest_vmsandbox.lease.entries import Role
         from pytest_vmsandbox.lease.layout import LEDGER
         from pytest_vmsandbox.lease.ledger import read_ledger
         from pytest_vmsandbox.plugin.session import worker_of
+
+        sys.path.insert(0, {str(CHECKOUT)!r})
+        from tests.signals import send_signal
 
         def test_switch(vm_factory, vm_network, request):
             vm_factory(network="lan")
             ledger = read_ledger(worker_of(request.config).directory.path / LEDGER)
             for entry in ledger.entries.values():
                 if getattr(entry, "role", None) is Role.SWITCH:
-                    os.kill(entry.identity.pid, signal.SIGKILL)
+                    send_signal(entry.identity.pid, signal.SIGKILL)
             while vm_network.counts():
                 pass
 
